@@ -1,0 +1,1 @@
+"""Weights and tokenizers in Hugging Face format, and the proof that they are the same model."""

@@ -1,0 +1,1 @@
+"""Batch -> loss: the decoder as pure functions over a tree of declared parameters."""

@@ -1,0 +1,126 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+At a vocabulary of 262,144 the float32 logits of 16k tokens take 17 GB. So logits are made a few positions at a time.
+The gradient is made in the same pass, while they are there: d loss / d logits = softmax - one_hot, which needs nothing
+from above but one scalar, so the backward pass only scales what the forward pass has stored.
+
+Shapes: B batch, T sequence, D embed, V vocabulary.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.model.param import Params
+from eurollm_jax.model.transformer import TransformerConfig, forward, head
+from eurollm_jax.parallel.mesh import Layout
+
+LOGITS_AT_ONCE = 2**23  # per device: 32 MB in float32
+
+
+class SourceSums(NamedTuple):
+    """What was predicted of each source. Bits per byte are nats / bytes / ln 2 of such sums, never a mean of ratios."""
+
+    nats: Float[Array, "S"]
+    tokens: Int[Array, "S"]  # predictions that counted
+    bytes: Int[Array, "S"]  # UTF-8 bytes that those tokens stand for
+
+
+def batch_loss(
+    params: Params, batch: Batch, config: TransformerConfig, layout: Layout, z_loss: float = 0.0
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """The loss summed over a batch, and the nats of each position."""
+    hidden = forward(params, batch.tokens, batch.segments, batch.positions, config, layout)
+    return cross_entropy(hidden, head(params, config), batch.targets, batch.mask, z_loss=z_loss, layout=layout)
+
+
+def sum_by_source(batch: Batch, nats: Float[Array, "B T"], token_bytes: Int[Array, "V"], sources: int) -> SourceSums:
+    """Sums over the masked positions of each source's rows; `token_bytes` says how many bytes each token stands for."""
+
+    def total(values: Array) -> Array:
+        rows = jnp.sum(jnp.where(batch.mask, values, 0), axis=1)
+        return jax.ops.segment_sum(rows, batch.source, sources)
+
+    return SourceSums(total(nats), total(jnp.ones_like(batch.targets)), total(token_bytes[batch.targets]))
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    z_loss: float,
+    layout: Layout,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """The loss summed over the masked positions, and each position's nats (zero where the mask is False).
+
+    Only the sum is differentiable. It adds `z_loss * log(Z)^2` to each position (PaLM, arXiv:2204.02311), which the
+    nats leave out. Products are in the type of `hidden`; sums and the head's gradient are in float32.
+    """
+    batch, length, _ = hidden.shape
+    per_position = batch * head.shape[1] // (layout.ways("batch") * layout.ways("vocab"))
+    chunk = max(n for n in range(1, length + 1) if length % n == 0 and (n == 1 or n * per_position <= LOGITS_AT_ONCE))
+    return _summed(hidden, head, targets, mask, z_loss, chunk, layout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed(hidden, head, targets, mask, z_loss, chunk, layout):  # type: ignore[no-untyped-def]
+    total, nats, _ = _by_chunks(hidden, head, targets, mask, z_loss, chunk, layout, gradients=False)
+    return total, nats
+
+
+def _forward(hidden, head, targets, mask, z_loss, chunk, layout):  # type: ignore[no-untyped-def]
+    total, nats, gradients = _by_chunks(hidden, head, targets, mask, z_loss, chunk, layout, gradients=True)
+    return (total, nats), gradients
+
+
+def _backward(z_loss, chunk, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
+    d_total, _ = cotangents
+    d_hidden, d_head = gradients
+    return (d_total * d_hidden).astype(d_hidden.dtype), d_total * d_head, None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _by_chunks(
+    hidden: Array, head: Array, targets: Array, mask: Array, z_loss: float, chunk: int, layout: Layout, gradients: bool
+) -> tuple[Array, Array, Any]:
+    """Scans over chunks of the sequence axis, so that each device holds its own rows of every chunk."""
+    batch, length, width = hidden.shape
+    weight = head.astype(hidden.dtype)
+
+    def split(x: Array) -> Array:  # [B, T, ...] -> [T/chunk, B, chunk, ...]
+        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    def merge(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:])
+
+    def step(carry: Any, part: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        total, d_head = carry
+        h, target, counted = part
+        flat = h.reshape(-1, width)
+        logits = jnp.dot(flat, weight, preferred_element_type=jnp.float32).reshape(batch, chunk, -1)
+        logits = layout.constrain(logits, "batch", "sequence", "vocab")
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nats = jnp.where(counted, log_z - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0], 0.0)
+        total += jnp.sum(nats + z_loss * jnp.where(counted, jnp.square(log_z), 0.0))
+        if not gradients:
+            return (total, d_head), (nats, None)
+        probability = jnp.exp(logits - log_z[..., None]) * (1.0 + 2.0 * z_loss * log_z)[..., None]
+        one_hot = target[..., None] == jnp.arange(logits.shape[-1])
+        d_logits = jnp.where(counted[..., None], probability - one_hot, 0.0).astype(h.dtype)
+        d_logits = d_logits.reshape(-1, d_logits.shape[-1])
+        d_h = jnp.dot(d_logits, weight.T).reshape(h.shape)
+        d_head += jnp.dot(flat.T, d_logits, preferred_element_type=jnp.float32)
+        return (total, d_head), (nats, d_h)
+
+    zero = jnp.zeros((), jnp.float32)
+    d_head = jnp.zeros(head.shape, jnp.float32) if gradients else zero
+    (total, d_head), (nats, d_hidden) = jax.lax.scan(step, (zero, d_head), (split(hidden), split(targets), split(mask)))
+    return total, merge(nats), (merge(d_hidden), d_head) if gradients else None

@@ -1,0 +1,119 @@
+"""The device mesh, and the two tables that say where each logical axis of a parameter or an activation lives.
+
+Model code names logical axes only ("embed", "heads", "batch"). Here they meet the mesh axes:
+
+    data     copies of the model, each with its own rows
+    fsdp     rows are split as over `data`, and so are parameters and optimizer state, gathered as they are used
+    tensor   heads, the hidden axis of the MLP, and the vocabulary are split
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from eurollm_jax.errors import UserError
+
+type MeshAxes = str | tuple[str, ...] | None
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+PARAMETER_AXES: Mapping[str, MeshAxes] = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+ACTIVATION_AXES: Mapping[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "sequence": None,
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis takes; -1 on one axis takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all). Raises UserError where the numbers do not multiply to their count."""
+        devices = jax.devices() if devices is None else devices
+        shape = [self.data, self.fsdp, self.tensor]
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+        if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
+            raise UserError(f"mesh {sizes}: each axis takes one device or more, and at most one axis may be -1.")
+        known = math.prod(size for size in shape if size != -1)
+        if len(devices) % known or (-1 not in shape and known != len(devices)):
+            raise UserError(
+                f"mesh {sizes} needs {'a multiple of ' if -1 in shape else ''}{known} devices, "
+                f"and there are {len(devices)}: change the mesh or the number of devices."
+            )
+        shape = [len(devices) // known if size == -1 else size for size in shape]
+        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with the two tables: turns logical axes into shardings."""
+
+    mesh: Mesh
+
+    def parameter(self, axes: Sequence[str]) -> NamedSharding:
+        return NamedSharding(self.mesh, _partition(axes, PARAMETER_AXES))
+
+    def activation(self, axes: Sequence[str]) -> NamedSharding:
+        return NamedSharding(self.mesh, _partition(axes, ACTIVATION_AXES))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def constrain(self, x: Array, *axes: str) -> Array:
+        """`x` with the sharding that its logical axes ask for, stated to the compiler."""
+        return jax.lax.with_sharding_constraint(x, self.activation(axes))
+
+    def parameters(self, specs: Any) -> Any:
+        """The sharding of each weight of a tree of `Param`s; UserError where a mesh axis does not divide a size."""
+        return jax.tree.map(self._parameter, specs)
+
+    def _parameter(self, spec: Any) -> NamedSharding:
+        for axis, size in spec.sizes.items():
+            if size % (ways := self.ways(axis, PARAMETER_AXES)):
+                raise UserError(
+                    f"the mesh splits {axis} {ways} ways, and the model's {axis}={size} does not divide by that: "
+                    f"choose a mesh axis {PARAMETER_AXES[axis]} that divides {size}."
+                )
+        return self.parameter(spec.axes)
+
+    def ways(self, axis: str, table: Mapping[str, MeshAxes] = ACTIVATION_AXES) -> int:
+        """Into how many parts a logical axis is split."""
+        return math.prod(self.mesh.shape[name] for name in _names(table[axis]))
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _partition(axes: Sequence[str], table: Mapping[str, MeshAxes]) -> PartitionSpec:
+    """Refuses two logical axes of one array on the same mesh axis: the compiler's own message names neither."""
+    used = [name for axis in axes for name in _names(table[axis])]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {tuple(axes)} would use a mesh axis twice: {used}")
+    return PartitionSpec(*(table[axis] for axis in axes))

@@ -1,0 +1,114 @@
+"""The sharded train step: one `jit` from (state, batch) to (state, metrics), over whatever mesh the layout has."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.errors import UserError
+from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
+from eurollm_jax.model.param import Params, init
+from eurollm_jax.model.transformer import TransformerConfig, specs
+from eurollm_jax.parallel.mesh import Layout
+
+
+@struct.dataclass
+class TrainState:
+    step: Int[Any, ""]  # steps done
+    params: Params
+    optimizer: Any  # optax state
+
+
+class StepMetrics(NamedTuple):
+    loss: Float[Array, ""]  # mean nats per predicted token, without z-loss
+    grad_norm: Float[Array, ""]  # before clipping
+    sources: SourceSums
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run, and the shapes and shardings of its state."""
+
+    init: Callable[[PRNGKeyArray], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]  # takes over the state's memory
+    state: TrainState  # of jax.ShapeDtypeStruct with shardings
+
+
+def batch_sharding(layout: Layout) -> Batch:
+    """The sharding of each field of a Batch: rows are dealt to devices, and nothing else is split."""
+    rows, row = layout.activation(("batch", "sequence")), layout.activation(("batch",))
+    return Batch(tokens=rows, targets=rows, segments=rows, positions=rows, mask=rows, source=row)
+
+
+def place_batch(batch: Batch, layout: Layout) -> Batch:
+    """This process's rows as its part of one global array."""
+    return jax.tree.map(jax.make_array_from_process_local_data, batch_sharding(layout), batch)
+
+
+def build_program(
+    config: TransformerConfig,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    token_bytes: Int[np.ndarray, "V"],
+    sources: int,
+    z_loss: float,
+) -> Program:
+    """Compiles nothing yet; each function compiles at its first call. `batch_size` is the global one, in rows."""
+    if batch_size % (ways := layout.ways("batch")):
+        raise UserError(f"a batch of {batch_size} rows does not divide over {ways} devices: use a multiple of {ways}.")
+    weights = specs(config)
+
+    def init_state(key: PRNGKeyArray) -> TrainState:
+        params = init(weights, key)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer.init(params))
+
+    abstract = jax.eval_shape(init_state, jax.random.key(0))
+    of_params = layout.parameters(weights)
+    sharding = TrainState(
+        step=layout.replicated,
+        params=of_params,
+        optimizer=optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda _, of_param: of_param,
+            abstract.optimizer,
+            of_params,
+            transform_non_params=lambda _: layout.replicated,
+        ),
+    )
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        predicted = jnp.maximum(jnp.sum(batch.mask), 1)
+
+        def mean_loss(params: Params) -> tuple[Array, Array]:
+            total, nats = batch_loss(params, batch, config, layout, z_loss)
+            return total / predicted, nats
+
+        (_, nats), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        metrics = StepMetrics(
+            loss=jnp.sum(nats) / predicted,
+            grad_norm=optax.global_norm(gradients),
+            sources=sum_by_source(batch, nats, jnp.asarray(token_bytes), sources),
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, optimizer=optimizer_state), metrics
+
+    return Program(
+        init=jax.jit(init_state, out_shardings=sharding),
+        train=jax.jit(
+            train,
+            in_shardings=(sharding, batch_sharding(layout)),
+            out_shardings=(sharding, layout.replicated),
+            donate_argnums=0,
+        ),
+        state=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, sharding),
+    )

@@ -1,0 +1,185 @@
+import itertools
+import json
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.data.loader import Data, DataConfig, open_data, sequential_batches
+from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.data.packing import ConcatPacking
+from eurollm_jax.errors import UserError
+
+LENGTH = 16
+MIXTURE = Mixture.temperature(0.5).scale(mt=0.1).stage(at_row=333, mixture=Mixture.unimax(40).without("fi"))
+
+
+def data_of(store, mixture=MIXTURE, length=LENGTH, seed=3, total_rows=3000):
+    return Data.from_store(store, DataConfig("unused", mixture, length, seed), total_rows)
+
+
+def joined(batches):
+    return Batch(*(np.concatenate(fields) for fields in zip(*batches, strict=True)))
+
+
+def assert_equal(one, other):
+    for name, a, b in zip(Batch._fields, one, other, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+        assert a.dtype == b.dtype
+
+
+@pytest.fixture(scope="module")
+def data(memory_store):
+    return data_of(memory_store)
+
+
+def test_a_batch_is_the_packed_rows_that_the_order_names(data):
+    """Row by row, through the order and each source's own packing."""
+    batch = data.batch(300, 48)
+    rows = data.order.batch_rows(300, 48)
+    assert len(set(batch.source.tolist())) > 4
+    for i, (source, _, row) in enumerate(zip(*data.order.rows(rows), strict=True)):
+        packed = data.packings[source].gather(np.array([row]))
+        assert_equal(Batch(*(field[i : i + 1] for field in batch)), Batch(*packed, np.array([source], np.int32)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**12), st.sampled_from([1, 2, 3, 4, 6, 8, 16, 24, 48]))
+def test_the_hosts_batches_joined_are_the_batch_of_one_host(data, first_row, hosts):
+    parts = [data.batch(first_row, 48, host, hosts) for host in range(hosts)]
+    assert {len(part.tokens) for part in parts} == {48 // hosts}
+    assert_equal(joined(parts), data.batch(first_row, 48))
+
+
+def test_an_epoch_of_batches_holds_every_row_of_a_source_once(memory_store):
+    data = data_of(memory_store, Mixture.proportional().only("el"))
+    packing = data.packings[data.source_names.index("el")]
+    rows = packing.rows
+    epoch = joined(data.batch(first, 1) for first in range(rows))
+    expected = packing.gather(np.arange(rows))
+    assert sorted(map(bytes, epoch.tokens)) == sorted(map(bytes, expected.tokens))
+    assert epoch.mask.sum() == expected.mask.sum() == packing.source.tokens - (len(packing.source.offsets) - 1)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 7])
+def test_the_loader_yields_the_batches_in_order(data, prefetch):
+    seen = list(data.loader(32, 16, stop_row=320, prefetch=prefetch))
+    assert [row for row, _ in seen] == list(range(48, 321, 16))
+    for row, batch in seen:
+        assert_equal(batch, data.batch(row - 16, 16))
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 30), st.integers(0, 20), st.sampled_from([1, 2, 4]))
+def test_a_loader_resumes_at_any_row_on_any_number_of_hosts(data, batches_before, batch_after, hosts):
+    """The rows are those of the uninterrupted run; after the stop, batch size and host count are others."""
+    uninterrupted = dict(data.loader(0, 8, stop_row=8 * 40))
+    state = ([0] + [row for row, _ in itertools.islice(data.loader(0, 8), batches_before)])[-1]
+    assert state == 8 * batches_before
+    for resumed_state, batch in itertools.islice(data.loader(state, 8), 3):
+        assert_equal(batch, uninterrupted[resumed_state])
+    batch_size = 4 * (batch_after + 1)
+    parts = [next(data.loader(state, batch_size, host, hosts)) for host in range(hosts)]
+    assert {row for row, _ in parts} == {state + batch_size}
+    assert_equal(joined(batch for _, batch in parts), data.batch(state, batch_size))
+
+
+def test_the_loader_stops_with_the_batch_that_reaches_the_last_row(data):
+    assert [row for row, _ in data.loader(10, 16, stop_row=43)] == [26, 42, 58]
+    assert list(data.loader(48, 16, stop_row=48)) == []
+
+
+def test_the_mixture_goes_on_after_the_last_row(data):
+    assert data.batch(10**15, 8).tokens.shape == (8, LENGTH)
+    assert next(data.loader(10**15, 8))[0] == 10**15 + 8
+
+
+@pytest.mark.parametrize("error", [OSError("shard 3 is gone"), UserError("the store was removed")])
+def test_an_error_in_a_reading_thread_reaches_the_consumer(memory_store, error, monkeypatch):
+    data = data_of(memory_store)
+    threads = set()
+
+    def failing(self, first_row, batch_size, host=0, hosts=1, whole=Data.batch):
+        threads.add(threading.current_thread())
+        if first_row == 32:
+            raise error
+        return whole(self, first_row, batch_size, host, hosts)
+
+    monkeypatch.setattr(Data, "batch", failing)
+    loader = data.loader(0, 8, prefetch=2)
+    assert [next(loader)[0] for _ in range(4)] == [8, 16, 24, 32]
+    with pytest.raises(type(error)) as caught:
+        next(loader)
+    assert caught.value is error
+    assert threading.main_thread() not in threads
+
+
+def test_a_batch_that_hosts_do_not_divide_is_refused_before_anything_is_read(data):
+    for ask in (data.batch, data.loader):
+        with pytest.raises(UserError, match="48 rows cannot be dealt to 5 hosts; make it a multiple of 5"):
+            ask(0, 48, 0, 5)
+
+
+def test_a_mismatch_is_refused_with_the_difference_named(memory_store):
+    data = data_of(memory_store)
+    saved = json.loads(json.dumps(data.describe()))
+    assert saved == data.describe()
+    data_of(memory_store, MIXTURE.cap_epochs(10**6)).require_same(saved)
+    with pytest.raises(UserError, match="other data: seed was 3 and is 4;"):
+        data_of(memory_store, seed=4).require_same(saved)
+    moved = Mixture.temperature(0.5).scale(mt=0.1).stage(at_row=334, mixture=Mixture.unimax(40).without("fi"))
+    with pytest.raises(UserError, match=r"schedule\.stages\[1\]\.start was 333 and is 334;"):
+        data_of(memory_store, moved, total_rows=3001).require_same(saved)
+    others = [
+        data_of(memory_store, seed=4),
+        data_of(memory_store, length=17),
+        data_of(memory_store, Mixture.proportional()),
+    ]
+    assert len({d.fingerprint for d in [data, *others]}) == 4
+
+
+def test_sequential_batches_hold_every_row_once_and_end_in_padding(memory_store):
+    packing = ConcatPacking(memory_store.sources["fi"], LENGTH)
+    batches = list(sequential_batches(packing, 8, source=2))
+    assert {batch.tokens.shape for batch in batches} == {(8, LENGTH)}
+    whole, rows = joined(batches), packing.gather(np.arange(packing.rows))
+    assert_equal(Batch(*(f[: packing.rows] for f in whole)), Batch(*rows, np.full(packing.rows, 2, np.int32)))
+    assert not whole.mask[packing.rows :].any()
+    assert not whole.segments[packing.rows :].any()
+
+
+def test_a_real_store_is_read_as_its_documents_were_written(store):
+    """Every document of every language, put together again from batches by the inverse of order and packing."""
+    config = DataConfig(str(store.path), Mixture.temperature(0.3), sequence_length=32, seed=1)
+    data = open_data(config, total_rows=1000)
+    again = pickle.loads(pickle.dumps(data))
+    assert data.source_names == tuple(store.sources)
+    assert again.fingerprint == data.fingerprint
+    for s, (name, source) in enumerate(store.sources.items()):
+        packing = data.packings[s]
+        for document in (0, source.documents // 2, source.documents - 1):
+            text = []
+            for row in packing.rows_of(document):
+                k = int(data.order.index_of_row(np.array(s), np.array(row), np.array(2)))  # in its third epoch
+                batch = again.batch(k, 1)
+                assert data.source_names[batch.source[0]] == name
+                (span,) = (span for span in packing.documents(row) if span.document == document)
+                text += batch.tokens[0, span.place : span.place + span.tokens].tolist()
+            start, end = source.offsets[document : document + 2].tolist()
+            assert text == source.stream[start:end].tolist()
+    planned = {p.name: p.rows for p in data.plan(1000)}
+    read = np.bincount(joined(data.batch(first, 50) for first in range(0, 1000, 50)).source)
+    assert planned == dict(zip(data.source_names, read.tolist(), strict=True))
+
+
+def test_bad_settings_for_a_real_store_are_refused(store, tmp_path):
+    with pytest.raises(UserError, match="sequence_length must be at least 1, not 0"):
+        open_data(DataConfig(str(store.path), Mixture.proportional(), sequence_length=0), 10)
+    with pytest.raises(UserError, match="'fr', which the store lacks"):
+        open_data(DataConfig(str(store.path), Mixture.shares({"fr": 1.0}), sequence_length=32), 10)
+    with pytest.raises(UserError, match="nowhere"):
+        open_data(DataConfig(str(tmp_path / "nowhere"), Mixture.proportional(), sequence_length=32), 10)

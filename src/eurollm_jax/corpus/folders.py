@@ -1,0 +1,111 @@
+"""Folders of results that appear only when they are whole, and that say how they differ from what is now asked for.
+
+A killed or failed run leaves what was there untouched, and never something unfinished that looks finished.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from eurollm_jax.errors import UserError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to write to; it becomes `path`, in one rename, when the block ends without an exception.
+
+    What a killed run left behind is cleared away. Raises UserError when `path` is there already, or when another
+    process is writing it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already; choose another folder or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {path}; wait for it or choose another folder") from None
+        except OSError:
+            pass  # some cluster file systems have no locks
+        _clear(partial)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        partial.rename(path)
+        _sync(path.parent)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` for a person to read: indented, letters of every script as they are."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that we wrote. Raises UserError when it is not JSON any more."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder and make it again") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprints(files: list[Path]) -> dict[str, str]:
+    """Name -> SHA-256 of each file: what a result was made from, wherever the files lie."""
+    return {file.name: file_sha256(file) for file in files}
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two flat mappings, as half a sentence; "" when they are equal."""
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        if key not in here:
+            found.append(f"{key} is missing now")
+        elif key not in there:
+            found.append(f"{key} is new")
+        elif there[key] != here[key]:
+            values = f" ({_short(there[key])} then, {_short(here[key])} now)"
+            found.append(f"{key} differs{values}")
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
+
+
+def _short(value: Any) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64
+    return value[:12] if is_hash else json.dumps(value, ensure_ascii=False)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot sync a folder
+            os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,187 @@
+"""Tokenizer: text to token ids and back, without losing a byte, and knowing how many bytes each token stands for.
+
+Everything that counts bits per byte rests on that exactness, so a SentencePiece model that normalises, strips or
+otherwise forgets text is refused when it is loaded.
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32
+from sentencepiece import sentencepiece_model_pb2
+
+from eurollm_jax.errors import UserError
+
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+MODEL_NAME = "tokenizer.model"
+
+# SentencePiece writes a space as U+2581 inside its pieces and so takes a U+2581 in the text for a space. We put U+FDD0
+# in its place before encoding, which becomes three byte tokens, and take it back after decoding: both are three bytes
+# of UTF-8, so byte counts stay exact. U+FDD0 is a noncharacter, reserved by Unicode for use inside programs; a text
+# that holds one is refused. hf/tokenizer.py does the same.
+SPACE_MARK = "\u2581"
+STAND_IN = "\ufdd0"
+
+# No piece runs across one of these units, so each distinct one is encoded once a batch.
+_UNIT = re.compile(" *[^ \n]+| +|\n")
+
+# SentencePiece numbers the kinds of its pieces; an unused one stands for nothing, as a control token does.
+_KINDS: dict[int, Literal["text", "control", "byte"]]
+_KINDS = {1: "text", 2: "control", 3: "control", 5: "control", 6: "byte"}
+
+
+class Piece(NamedTuple):
+    """One entry of the vocabulary. `name` is SentencePiece's, with U+2581 for a space, or "<0x0A>" for a byte."""
+
+    name: str
+    kind: Literal["text", "control", "byte"]
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of text it stands for. Decoding one piece alone would garble those that are part of a character."""
+        match self.kind:
+            case "text":
+                return self.name.replace(SPACE_MARK, " ").encode()
+            case "byte":
+                return bytes([int(self.name[3:5], 16)])
+            case "control":
+                return b""
+
+
+class Tokenizer:
+    """A lossless SentencePiece BPE model with `<unk>`, `<s>`, `</s>`, `<pad>` at ids 0 to 3. Picklable.
+
+    Text that spells a control token, such as "</s>", is text: it never becomes that token.
+    """
+
+    unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
+
+    def __init__(self, model_path: Path, model: bytes) -> None:
+        self.model_path = model_path
+        self.model = model
+        self.pieces = _parse(model_path, model)
+        self._contents = [piece.content for piece in self.pieces]
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.cuts_at_spaces = all(
+            piece.kind != "text" or _UNIT.fullmatch(piece.name.replace(SPACE_MARK, " ")) for piece in self.pieces
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Load `path`, a .model file or a folder that holds `tokenizer.model`.
+
+        Raises UserError when it is missing, is no SentencePiece model, is not lossless, or has other special ids.
+        """
+        file = path / MODEL_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"there is no tokenizer at {file}; make one with 'eurollm tokenizer train'")
+        return cls(file, file.read_bytes())
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path, bytes]]:
+        return Tokenizer, (self.model_path, self.model)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the model file, in hex: the identity of the tokenizer."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    @cached_property
+    def piece_bytes(self) -> Int32[np.ndarray, " vocab"]:
+        """How many UTF-8 bytes of text each token stands for; 0 for control tokens."""
+        return np.array([len(content) for content in self._contents], np.int32)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
+        """The ids of `text`, without bos and eos. Raises UserError for text that `refusal` refuses."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[Int32[np.ndarray, " tokens"]]:
+        """`encode` of each text, as views of one array. Many texts at once are far faster than one by one."""
+        numbers: defaultdict[str, int] = defaultdict()
+        numbers.default_factory = numbers.__len__  # a new unit gets the next number
+        units = [self._split(text) for text in texts]
+        occurrences = np.fromiter(map(numbers.__getitem__, chain.from_iterable(units)), np.int64)
+
+        encoded = self._processor.encode(list(numbers), num_threads=threads)
+        lengths = np.array([len(ids) for ids in encoded], np.int64)
+        flat = np.fromiter(chain.from_iterable(encoded), np.int32, lengths.sum())
+
+        # Lay the units' ids one after the other in the order of the text.
+        starts = np.cumsum(lengths) - lengths
+        ends = np.concatenate([[0], np.cumsum(lengths[occurrences])])
+        shift = np.repeat(starts[occurrences] - ends[:-1], lengths[occurrences])
+        ids = flat[np.arange(ends[-1]) + shift]
+        borders = ends[np.cumsum([len(found) for found in units], dtype=np.int64)]
+        return np.split(ids, borders[:-1]) if texts else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control tokens are left out, and a cut-off character becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact UTF-8 bytes of `ids`, which may begin or end within a character."""
+        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {self.vocab_size - 1}")
+        joined = b"".join(map(self._contents.__getitem__, ids.tolist()))
+        return joined.replace(STAND_IN.encode(), SPACE_MARK.encode())
+
+    def _split(self, text: str) -> list[str]:
+        if reason := refusal(text):
+            raise UserError(f"the text cannot be encoded: {reason}")
+        text = text.replace(SPACE_MARK, STAND_IN)
+        return _UNIT.findall(text) if self.cuts_at_spaces else [text]
+
+
+def refusal(text: str) -> str | None:
+    """Why `text` cannot be encoded without loss and what to do, or None when it can."""
+    if STAND_IN in text:
+        where = text.index(STAND_IN) + 1
+        return f"character {where} is U+FDD0, a noncharacter that Unicode reserves for use inside programs; remove it"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is half a surrogate pair, which no UTF-8 can store; mend it"
+    return None
+
+
+def _parse(path: Path, model: bytes) -> list[Piece]:
+    """The vocabulary of a SentencePiece model, which is checked to be one that loses nothing."""
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+        proto.ParseFromString(model)
+    except RuntimeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise UserError(f"{path} is not a SentencePiece model; give the tokenizer.model of a tokenizer")
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    special = (trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id)
+    if special != (UNK_ID, BOS_ID, EOS_ID, PAD_ID):
+        raise UserError(
+            f"{path} has unk, bos, eos and pad at {special}; they must be at (0, 1, 2, 3), so train another"
+        )
+    faults = {
+        "its model is not BPE": trainer.model_type != trainer.BPE,
+        "it has no byte fallback": not trainer.byte_fallback,
+        "it normalises text": bool(normalizer.precompiled_charsmap),
+        "it adds a space in front": normalizer.add_dummy_prefix,
+        "it drops repeated spaces": normalizer.remove_extra_whitespaces,
+        "it does not escape spaces": not normalizer.escape_whitespaces,
+    }
+    if found := [fault for fault, is_so in faults.items() if is_so]:
+        raise UserError(f"{path} cannot give back every text exactly ({', '.join(found)}); train another")
+    if any(piece.type not in _KINDS for piece in proto.pieces):
+        raise UserError(f"{path} has user-defined pieces, which break the order of merges; train another without them")
+    return [Piece(piece.piece, _KINDS[piece.type]) for piece in proto.pieces]

@@ -1,0 +1,148 @@
+"""Preparing a corpus: repeatable, lossless or refused, and never half done."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from eurollm_jax.corpus.folders import new_folder
+from eurollm_jax.corpus.prepare import prepare
+from eurollm_jax.errors import UserError
+
+
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_inputs_give_the_same_store_with_any_number_of_threads(corpus_dir, tokenizer, store, tmp_path):
+    again = prepare(corpus_dir, tokenizer, tmp_path / "again", threads=2)
+    assert tree(again.path) == tree(store.path)
+    assert again.fingerprint == store.fingerprint
+
+
+def test_documents_of_one_language_from_several_files_share_a_source(tokenizer, tmp_path):
+    write(tmp_path / "in" / "b.jsonl", [{"text": "x", "language": "ekk"}, {"text": "y", "language": "mt"}])
+    write(tmp_path / "in" / "a.jsonl", [{"text": "z", "lang": "est_Latn"}])
+    store = prepare(tmp_path / "in", tokenizer, tmp_path / "out")
+    texts = {
+        name: [tokenizer.decode(source.document_tokens(index)) for index in range(source.documents)]
+        for name, source in store.sources.items()
+    }
+    assert texts == {"et": ["z", "x"], "mt": ["y"]}
+
+
+def test_what_is_there_is_returned_and_never_overwritten(corpus_dir, tokenizer, tmp_path, capsys):
+    out = tmp_path / "out"
+    write(tmp_path / "in" / "en.jsonl", [{"text": "one", "language": "en"}])
+    first = prepare(tmp_path / "in", tokenizer, out)
+    before = tree(out)
+    assert prepare(tmp_path / "in", tokenizer, out).fingerprint == first.fingerprint
+    assert "holds this store already" in capsys.readouterr().err
+
+    write(tmp_path / "in" / "en.jsonl", [{"text": "two", "language": "en"}])
+    with pytest.raises(UserError, match=r"en\.jsonl differs .*; choose another folder or delete it"):
+        prepare(tmp_path / "in", tokenizer, out)
+    with pytest.raises(UserError, match=r"bg\.jsonl is new"):
+        prepare(corpus_dir, tokenizer, out)
+    assert tree(out) == before
+
+
+def test_a_store_of_another_tokenizer_is_not_returned(corpus_dir, tokenizer, store):
+    other = pickle.loads(pickle.dumps(tokenizer))
+    other.sha256 = "0" * 64
+    with pytest.raises(UserError, match=rf"tokenizer differs \({tokenizer.sha256[:12]} then, 000000000000 now\)"):
+        prepare(corpus_dir, other, store.path)
+
+
+def test_a_tokenizer_that_loses_text_is_found_out(tokenizer, tmp_path):
+    write(tmp_path / "in" / "en.jsonl", [{"text": text, "language": "en", "id": text} for text in ("good", "x¤")])
+    lossy = pickle.loads(pickle.dumps(tokenizer))
+    lossy._contents[lossy.encode("¤")[0]] = b"?"
+    with pytest.raises(UserError, match=r"en\.jsonl, document x¤ does not decode to its own text"):
+        prepare(tmp_path / "in", lossy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "x", "language": "en"\n', r"en\.jsonl, line 2 is not valid JSON"),
+        (b'{"text": "\xff", "language": "en"}\n', r"en\.jsonl, line 2 is not UTF-8"),
+        (b'{"text": "x", "language": "klingon"}\n', r"en\.jsonl, line 2.*klingon"),
+        (b'{"text": "a\\ufdd0", "language": "en", "id": "odd"}\n', r"en\.jsonl, document odd: character 2 is U\+FDD0"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(tokenizer, tmp_path, line, message):
+    write(tmp_path / "in" / "en.jsonl", [{"text": "fine", "language": "en"}])
+    with (tmp_path / "in" / "en.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "in", tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_missing_or_empty_corpus_is_an_error(tokenizer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty"):
+        with pytest.raises(UserError, match=name):
+            prepare(tmp_path / name, tokenizer, tmp_path / "out")
+
+
+def test_a_killed_run_leaves_no_store_and_the_next_one_is_whole(tokenizer, tmp_path):
+    records = [{"text": f"{number} " + "Għada mmorru l-baħar. " * 600, "language": "mt"} for number in range(600)]
+    write(tmp_path / "in" / "mt.jsonl", records)
+    script = (
+        "import sys; from pathlib import Path; from eurollm_jax.corpus.prepare import prepare;"
+        "from eurollm_jax.corpus.tokenizer import Tokenizer;"
+        "prepare(Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]))"
+    )
+    out, partial = tmp_path / "out", tmp_path / ".out.partial" / "mt" / "tokens.bin"
+    arguments = [sys.executable, "-c", script, tmp_path / "in", tokenizer.model_path, out]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    while not (partial.is_file() and partial.stat().st_size) and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.is_file()
+    assert not out.exists()
+
+    store = prepare(tmp_path / "in", tokenizer, out)
+    store.verify()
+    assert store.sources["mt"].documents == len(records)
+    assert store.fingerprint == prepare(tmp_path / "in", tokenizer, tmp_path / "other").fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]
+
+
+def test_two_writers_of_one_folder_do_not_meet(tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def first():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "a").write_text("first")
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    try:
+        with (
+            pytest.raises(UserError, match=r"another process is writing .*out"),
+            new_folder(tmp_path / "out") as folder,
+        ):
+            (folder / "b").write_text("second")
+    finally:
+        leave.set()
+        thread.join()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]

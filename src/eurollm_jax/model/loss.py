@@ -25,9 +25,9 @@ LOGITS_AT_ONCE = 2**23  # per device: 32 MB in float32
 class SourceSums(NamedTuple):
     """What was predicted of each source. Bits per byte are nats / bytes / ln 2 of such sums, never a mean of ratios."""
 
-    nats: Float[Array, "S"]
-    tokens: Int[Array, "S"]  # predictions that counted
-    bytes: Int[Array, "S"]  # UTF-8 bytes that those tokens stand for
+    nats: Float[Any, "S"]
+    tokens: Int[Any, "S"]  # predictions that counted
+    bytes: Int[Any, "S"]  # UTF-8 bytes that those tokens stand for
 
 
 def batch_loss(

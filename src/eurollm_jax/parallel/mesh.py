@@ -85,6 +85,15 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def rows(self) -> NamedSharding:
+        """Of anything whose first axis is the batch."""
+        return self.activation(("batch",))
+
+    def place_rows(self, tree: Any) -> Any:
+        """Numpy arrays whose first axis is the batch, as device arrays dealt out by rows."""
+        return jax.device_put(tree, self.rows)
+
     def constrain(self, x: Array, *axes: str) -> Array:
         """`x` with the sharding that its logical axes ask for, stated to the compiler."""
         return jax.lax.with_sharding_constraint(x, self.activation(axes))

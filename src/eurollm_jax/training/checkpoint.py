@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from eurollm_jax.errors import UserError
 
@@ -34,10 +32,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
-        if jax.process_index() == 0:
-            _set_damaged_aside(self.folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints verified")
+        _set_damaged_aside(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -99,7 +94,7 @@ class Checkpoints:
         return step
 
     def _seal(self) -> None:
-        """Called by Orbax on the first process, in its saving thread."""
+        """Called by Orbax in its saving thread."""
         (unfinished,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         (unfinished / MANIFEST).write_text(
             "".join(f"{digest}  {name}\n" for name, digest in _hashes(unfinished).items())

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from eurollm_jax.data.batch import Batch
@@ -34,22 +35,31 @@ class StepMetrics(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """The compiled functions of a run, and the shapes and shardings of its state."""
+    """The functions of a run, and the shapes and shardings of its state."""
 
     init: Callable[[PRNGKeyArray], TrainState]
-    train: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]  # takes over the state's memory
+    train: Any  # jitted (TrainState, Batch) -> (TrainState, StepMetrics); takes over the state's memory
     state: TrainState  # of jax.ShapeDtypeStruct with shardings
+    rows: NamedSharding
+
+    def compile_train(
+        self, batch_size: int, length: int
+    ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        """`train`, compiled ahead of the first batch."""
+
+        def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows)
+
+        tokens, mask = abstract((batch_size, length), jnp.int32), abstract((batch_size, length), jnp.bool_)
+        batch = Batch(tokens, tokens, tokens, tokens, mask, source=abstract((batch_size,), jnp.int32))
+        return self.train.lower(self.state, batch).compile()
 
 
-def batch_sharding(layout: Layout) -> Batch:
-    """The sharding of each field of a Batch: rows are dealt to devices, and nothing else is split."""
-    rows, row = layout.activation(("batch", "sequence")), layout.activation(("batch",))
-    return Batch(tokens=rows, targets=rows, segments=rows, positions=rows, mask=rows, source=row)
-
-
-def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """This process's rows as its part of one global array."""
-    return jax.tree.map(jax.make_array_from_process_local_data, batch_sharding(layout), batch)
+def abstract_params(config: TransformerConfig, layout: Layout) -> Params:
+    """Shapes, types and shardings of a model's parameters, as what a checkpoint is restored into."""
+    weights = specs(config)
+    shardings = layout.parameters(weights)
+    return jax.tree.map(lambda spec, at: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=at), weights, shardings)
 
 
 def build_program(
@@ -62,7 +72,7 @@ def build_program(
     sources: int,
     z_loss: float,
 ) -> Program:
-    """Compiles nothing yet; each function compiles at its first call. `batch_size` is the global one, in rows."""
+    """Compiles nothing yet. `batch_size` is the global one, in rows."""
     if batch_size % (ways := layout.ways("batch")):
         raise UserError(f"a batch of {batch_size} rows does not divide over {ways} devices: use a multiple of {ways}.")
     weights = specs(config)
@@ -106,9 +116,10 @@ def build_program(
         init=jax.jit(init_state, out_shardings=sharding),
         train=jax.jit(
             train,
-            in_shardings=(sharding, batch_sharding(layout)),
+            in_shardings=(sharding, layout.rows),
             out_shardings=(sharding, layout.replicated),
             donate_argnums=0,
         ),
         state=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, sharding),
+        rows=layout.rows,
     )

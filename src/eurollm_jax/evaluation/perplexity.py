@@ -1,0 +1,148 @@
+"""Held-out bits per byte for each language: the sum of nats over the sum of raw UTF-8 bytes, and nothing else.
+
+Every document is read as the model reads its training text: first a beginning mark, then each token predicted from
+those before it in its row, then the end mark. All predictions are charged, the end mark's too, so 2^-bits is a
+probability over whole documents and the figure can stand beside a compressor's. Each token is predicted exactly once;
+context does not reach beyond the start of a row.
+"""
+
+import lzma
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from eurollm_jax.corpus.store import Source, TokenStore
+from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.data.packing import ConcatPacking
+from eurollm_jax.languages import resolve
+from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
+from eurollm_jax.model.param import Params
+from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.parallel.mesh import Layout
+
+DEFINITION = (
+    "Bits per byte = sum of nats / ln 2 / raw UTF-8 bytes of the held-out documents; every token and the end of each "
+    "document are charged, each predicted once from the tokens before it in its row. xz: `xz -9e` over the same "
+    "documents joined by newlines. Order 0: the entropy of their byte frequencies, a bound for every coder that looks "
+    "at no context."
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A store of held-out text, read by the rows of the training data."""
+
+    store: TokenStore
+    length: int
+    batch_size: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.store.sources)
+
+    def batches(self, rows_per_source: int | None = None) -> Iterator[Batch]:
+        """The first rows of every source (default: all), source after source, the last batch filled up with padding."""
+        rows = []
+        for index, source in enumerate(self.store.sources.values()):
+            packing = ConcatPacking(source, self.length)
+            count = packing.rows if rows_per_source is None else min(packing.rows, rows_per_source)
+            rows.append(Batch(*packing.gather(np.arange(count)), source=np.full(count, index, np.int32)))
+        whole = Batch(*(np.concatenate(fields) for fields in zip(*rows, strict=True)))
+        missing = -len(whole.source) % self.batch_size
+        padded = Batch(*(np.pad(field, [(0, missing)] + [(0, 0)] * (field.ndim - 1)) for field in whole))
+        for first in range(0, len(padded.source), self.batch_size):
+            yield Batch(*(field[first : first + self.batch_size] for field in padded))
+
+
+type Measure = Callable[[Params, Batch], SourceSums]
+
+
+def build_measure(
+    config: TransformerConfig, layout: Layout, token_bytes: Int[np.ndarray, "V"], sources: int
+) -> Measure:
+    """The compiled function from parameters and a placed batch to the sums of each source."""
+
+    def measure(params: Params, batch: Batch) -> SourceSums:
+        _, nats = batch_loss(params, batch, config, layout)
+        return sum_by_source(batch, nats, jnp.asarray(token_bytes), sources)
+
+    return jax.jit(measure, out_shardings=layout.replicated)
+
+
+def measure_heldout(
+    measure: Measure, params: Params, heldout: HeldOut, layout: Layout, rows_per_source: int | None = None
+) -> SourceSums:
+    """Sums over the first rows of every source (default: all), in float64 and int64."""
+    parts = [measure(params, layout.place_rows(batch)) for batch in heldout.batches(rows_per_source)]
+    nats, tokens, byte_counts = (np.stack(field) for field in zip(*jax.device_get(parts), strict=True))
+    return SourceSums(nats.sum(0, np.float64), tokens.sum(0, np.int64), byte_counts.sum(0, np.int64))
+
+
+def evaluation(heldout: HeldOut, sums: SourceSums, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+    """The content of evaluation.json: each source's exact figures beside those of coders that learnt nothing.
+
+    Raises RuntimeError if the bytes that were predicted are not those of the documents, byte for byte.
+    """
+    languages = {}
+    for source, nats, tokens, predicted in zip(heldout.store.sources.values(), *sums, strict=True):
+        if predicted != source.bytes:
+            raise RuntimeError(f"{source.name}: predicted {predicted} bytes of {source.bytes}")
+        language = resolve(source.language)
+        languages[source.name] = {
+            "name": language.name,
+            "status": language.status,
+            "documents": source.documents,
+            "bytes": source.bytes,
+            "tokens": int(tokens),
+            "nats": float(nats),
+            "bits_per_byte": bits_per_byte(float(nats), source.bytes),
+            "baselines": baselines(source, tokenizer),
+        }
+    official = [figures for figures in languages.values() if figures["status"] == "official"]
+    return {
+        "step": step,
+        "definition": DEFINITION,
+        "languages": languages,
+        "beats_xz": {
+            "official": sum(map(_beats_xz, official)),
+            "official_total": len(official),
+            "all": sum(map(_beats_xz, languages.values())),
+            "all_total": len(languages),
+        },
+    }
+
+
+def _beats_xz(figures: Mapping[str, Any]) -> bool:
+    return figures["bits_per_byte"] < figures["baselines"]["xz"]
+
+
+def bits_per_byte(nats: float, byte_count: int) -> float:
+    return nats / math.log(2) / byte_count
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """Of `xz -9e`, container included."""
+    return 8 * len(lzma.compress(text, lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+
+
+def order0_bits_per_byte(text: bytes) -> float:
+    """The entropy of the byte frequencies of the text itself."""
+    return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
+
+
+def baselines(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of coders that have seen nothing but this text, over the bytes that the model is charged for."""
+    stream, offsets = np.asarray(source.stream), source.offsets
+    documents = (tokenizer.decode(stream[start + 1 : stop - 1]) for start, stop in pairwise(offsets))
+    text = "\n".join(documents).encode()
+    scale = len(text) / source.bytes
+    return {"xz": xz_bits_per_byte(text) * scale, "order0": order0_bits_per_byte(text) * scale}

@@ -1,0 +1,51 @@
+"""Continuations of held-out texts, one for each language: what no figure shows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from eurollm_jax.corpus.store import Source
+from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.evaluation.generate import generate
+from eurollm_jax.model.param import Params
+from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.parallel.mesh import Layout
+
+PROMPT_CHARACTERS = 48
+
+
+def opening(source: Source, tokenizer: Tokenizer) -> str:
+    """The first words of the source's longest document."""
+    lengths = source.byte_lengths
+    text = tokenizer.decode(source.document_tokens(int(lengths.argmax()))[1:-1])
+    start = text.replace("\n", " ")[:PROMPT_CHARACTERS]
+    return start.rsplit(" ", 1)[0] if " " in start else start
+
+
+def sample(
+    params: Params,
+    config: TransformerConfig,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    *,
+    new_tokens: int = 64,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+) -> list[dict[str, Any]]:
+    """The content of samples.json."""
+    prompts = [opening(source, tokenizer) for source in sources]
+    continuations = generate(
+        params,
+        config,
+        layout,
+        tokenizer,
+        prompts,
+        max_new_tokens=new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=0,
+    )
+    return [
+        {"language": source.language, "prompt": prompt, "continuation": continuation, "temperature": temperature}
+        for source, prompt, continuation in zip(sources, prompts, continuations, strict=True)
+    ]

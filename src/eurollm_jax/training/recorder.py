@@ -1,0 +1,89 @@
+"""Turns what the step measured into the records of a run: metrics.jsonl, TensorBoard, and the bar on the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from eurollm_jax.data.loader import Data
+from eurollm_jax.evaluation.perplexity import bits_per_byte
+from eurollm_jax.experiment import Experiment
+from eurollm_jax.model.loss import SourceSums
+from eurollm_jax.training.metrics import Clock, MetricsWriter, peak_flops
+from eurollm_jax.training.progress import Progress
+from eurollm_jax.training.step import StepMetrics
+
+
+class Recorder:
+    """Keeps the count of useful tokens of each source; rows follow from the step."""
+
+    def __init__(
+        self, experiment: Experiment, data: Data, writer: MetricsWriter, bar: Progress, clock: Clock, tokens: list[int]
+    ) -> None:
+        self.clock = clock
+        self._experiment, self._data, self._writer, self._bar = experiment, data, writer, bar
+        self._tokens = np.array(tokens, np.int64)
+        self._learning_rate = experiment.schedule.build(experiment.steps)
+        self._flops_per_token = experiment.model.flops_per_token(experiment.data.sequence_length)
+        self._peak = peak_flops(experiment.model.compute)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps for the records that follow it."""
+        return {"seconds": self.clock.total, "tokens": self._tokens.tolist()}
+
+    def train(self, step: int, interval: Sequence[StepMetrics]) -> None:
+        """Records the steps that end with `step`; waits for the last of them."""
+        losses, norms, sums = zip(*jax.device_get(list(interval)), strict=True)
+        seconds, waited = self.clock.lap()
+        nats, tokens, byte_counts = (np.sum(np.stack(field), axis=0) for field in zip(*sums, strict=True))
+        self._tokens += tokens
+        row = step * self._experiment.batch_size
+        rate = float(tokens.sum()) / seconds
+        figures = {
+            "loss": float(np.mean(losses)),
+            "bits_per_byte": bits_per_byte(float(nats.sum()), int(byte_counts.sum())),
+            "learning_rate": float(self._learning_rate(step - 1)),
+            "grad_norm": float(np.mean(norms)),
+            "tokens_per_second": rate,
+            "peak_share": rate * self._flops_per_token / self._peak,
+            "data_wait": waited / seconds,
+        }
+        per_source = zip(
+            self._data.source_names, self._data.schedule.counts(row), self._tokens, nats, byte_counts, strict=True
+        )
+        record = {
+            "kind": "train",
+            "step": step,
+            "row": row,
+            "tokens": int(self._tokens.sum()),
+            **figures,
+            "seconds": self.clock.total,
+            "sources": {
+                name: {"rows": int(rows), "tokens": int(read), "nats": float(lost), "bytes": int(size)}
+                for name, rows, read, lost, size in per_source
+            },
+        }
+        self._writer.write(record)
+        self._writer.curves(step, figures)
+        self._bar.show(record)
+
+    def heldout(self, step: int, names: Sequence[str], sums: SourceSums) -> None:
+        """Records a held-out measurement after `step`."""
+        per_source = {
+            name: bits_per_byte(float(nats), int(size))
+            for name, nats, size in zip(names, sums.nats, sums.bytes, strict=True)
+        }
+        macro = float(np.mean(list(per_source.values())))
+        self._writer.write(
+            {
+                "kind": "evaluation",
+                "step": step,
+                "row": step * self._experiment.batch_size,
+                "seconds": self.clock.total,
+                "bits_per_byte": per_source,
+                "macro_bits_per_byte": macro,
+            }
+        )
+        self._writer.curves(step, {"heldout/mean": macro, **{f"heldout/{k}": v for k, v in per_source.items()}})
+        self._bar.say(f"step {step}: held out {macro:.3f} bits per byte, the mean over {len(per_source)} sources")

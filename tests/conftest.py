@@ -1,5 +1,9 @@
 """A small corpus in five languages and three scripts, a tokenizer trained on it, and the store prepared from both."""
 
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"  # before jax
+
 import json
 from pathlib import Path
 from random import Random

@@ -174,12 +174,10 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     from eurollm_jax.hf.export import export
-    from eurollm_jax.hf.verify import verify, verify_table
+    from eurollm_jax.hf.verify import require_libraries, verify, verify_table
 
     if arguments.verify:
-        from eurollm_jax.hf.verify import require_transformers
-
-        require_transformers()
+        require_libraries()
     params, config, tokenizer = _trained(arguments.run)
     export(params, config, tokenizer, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"{arguments.out}: written")

@@ -65,7 +65,7 @@ def verify(
         raise ValueError("no texts to compare the models on")
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that an export wrote.")
-    torch, transformers = _libraries()
+    torch, transformers = require_libraries()
     rows = [_hashes(folder)]
     try:
         loaded_config, loaded = load(folder)
@@ -104,7 +104,7 @@ def verify_table(rows: list[Row]) -> Table:
     return table
 
 
-def _libraries() -> tuple[Any, Any]:
+def require_libraries() -> tuple[Any, Any]:
     try:
         with _offline():
             import torch

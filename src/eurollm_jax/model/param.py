@@ -105,10 +105,10 @@ def decay_mask(specs: Specs) -> dict[str, Any]:
 
 
 def table(specs: Specs) -> str:
-    """One line per weight: path, shape with axis names, initial deviation, decay. The form of the golden tables."""
+    """One line per weight: path, shape with axis names, initial values, decay. The form of the golden tables."""
     lines = []
     for path, spec in flatten(specs).items():
         shape = " ".join(f"{axis}={size}" for axis, size in spec.sizes.items())
-
-        lines.append(f"{path:24s} {shape}  std={spec.std:.6g} decay={'yes' if spec.decayed else 'no'}")
+        start = f"normal({spec.std:.6g})" if spec.fan_in else "ones"
+        lines.append(f"{path:24s} {shape}  {start}  {'decayed' if spec.decayed else 'not decayed'}")
     return "\n".join([*lines, f"total {count(specs)}", ""])

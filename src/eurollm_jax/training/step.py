@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
-from eurollm_jax.model.param import Params, init
+from eurollm_jax.model.param import Params, flatten, init
 from eurollm_jax.model.transformer import TransformerConfig, specs
 from eurollm_jax.parallel.mesh import Layout
 
@@ -86,13 +86,7 @@ def build_program(
     sharding = TrainState(
         step=layout.replicated,
         params=of_params,
-        optimizer=optax.tree_utils.tree_map_params(
-            optimizer,
-            lambda _, of_param: of_param,
-            abstract.optimizer,
-            of_params,
-            transform_non_params=lambda _: layout.replicated,
-        ),
+        optimizer=_like_params(abstract.optimizer, of_params, layout),
     )
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -123,3 +117,14 @@ def build_program(
         state=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, sharding),
         rows=layout.rows,
     )
+
+
+def _like_params(optimizer_state: Any, of_params: Any, layout: Layout) -> Any:
+    """Shardings of an optimizer's state: what it keeps under a weight's path lives where the weight does."""
+    of_path = flatten(of_params)
+
+    def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        keys = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return of_path[keys] if leaf.ndim and keys in of_path else layout.replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, optimizer_state)

@@ -1,0 +1,140 @@
+"""A run is what its experiment says, however often it is stopped; a directory is never taken over by another one."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.errors import UserError
+from eurollm_jax.evaluation.report import write_report
+from eurollm_jax.model.param import flatten
+from eurollm_jax.parallel.mesh import Layout, MeshConfig
+from eurollm_jax.training.checkpoint import Checkpoints
+from eurollm_jax.training.loop import train
+from eurollm_jax.training.step import abstract_params
+
+TIMES = {"seconds", "tokens_per_second", "peak_share", "data_wait"}
+
+
+def params(run, model):
+    checkpoints = Checkpoints(run / "checkpoints")
+    values, progress = checkpoints.restore_params(abstract_params(model, Layout(MeshConfig().build())))
+    checkpoints.close()
+    return {path: np.asarray(value) for path, value in flatten(values).items()}, progress
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] != "restart"]
+
+
+def assert_same_run(one, other, model):
+    (ours, row), (theirs, their_row) = params(one, model), params(other, model)
+    assert row["row"] == their_row["row"]
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+    assert metrics(one) == metrics(other)
+    assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+
+
+@pytest.fixture
+def undisturbed(experiment, tmp_path):
+    return train(dataclasses.replace(experiment, runs=str(tmp_path / "undisturbed")), "")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(experiment, undisturbed, tmp_path):
+    """SIGKILL as soon as a first checkpoint is committed, at whatever point of the steps that follow."""
+    module = tmp_path / "experiments" / "tiny.py"
+    module.parent.mkdir()
+    module.write_text(
+        "from eurollm_jax.experiment import *\n"
+        "from eurollm_jax.data.loader import DataConfig\n"
+        f"EXPERIMENT = {experiment!r}\n"
+    )
+    command = [sys.executable, "-m", "eurollm_jax.cli", "train", str(module)]
+    run = experiment.run
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "4").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "evaluation.json").exists()
+
+    subprocess.run(command, check=True, capture_output=True)
+    assert_same_run(run, undisturbed, experiment.model)
+    assert any(json.loads(line)["kind"] == "restart" for line in (run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_the_run_directory_holds_what_it_promises(experiment, undisturbed, store):
+    evaluation = json.loads((undisturbed / "evaluation.json").read_text())
+    for name, source in store.sources.items():
+        figures = evaluation["languages"][name]
+        assert figures["bytes"] == source.bytes
+        assert figures["bits_per_byte"] == pytest.approx(figures["nats"] / np.log(2) / source.bytes)
+    lines = metrics(undisturbed)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [6, 12]
+    last = [line for line in lines if line["kind"] == "train"][-1]
+    assert sum(source["rows"] for source in last["sources"].values()) == experiment.total_rows
+    planned = json.loads((undisturbed / "plan.json").read_text())["sources"]
+    assert {name: source["rows"] for name, source in last["sources"].items()} == {
+        name: source["rows"] for name, source in planned.items()
+    }
+    assert last["loss"] < lines[0]["loss"]
+    assert {sample["language"] for sample in json.loads((undisturbed / "samples.json").read_text())} == set(planned)
+    assert write_report(undisturbed).stat().st_size > 10_000
+
+
+def test_a_complete_run_is_left_alone(experiment):
+    run = train(experiment, "")
+    before = {path: path.read_bytes() for path in run.rglob("*.json*")}
+    assert train(experiment, "") == run
+    assert {path: path.read_bytes() for path in run.rglob("*.json*")} == before
+
+
+def test_another_experiment_is_refused_and_nothing_touched(experiment):
+    run = train(experiment, "")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for change, named in (
+        (dict(steps=14), "steps was 12 and is 14"),
+        (dict(data=dataclasses.replace(experiment.data, seed=5)), "data.seed was 0 and is 5"),
+        (dict(data=dataclasses.replace(experiment.data, mixture=Mixture.proportional())), "mixture"),
+    ):
+        with pytest.raises(UserError, match=named):
+            train(dataclasses.replace(experiment, **change), "")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_of_something_else_is_refused(experiment):
+    experiment.run.mkdir(parents=True)
+    (experiment.run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no experiment"):
+        train(experiment, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(log_every=3), "checkpoint_every=4 is not a multiple of log_every=3"),
+        (dict(steps=0), "steps=0 must be 1 or more"),
+    ],
+)
+def test_an_impossible_experiment_is_refused(experiment, change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(experiment, **change)
+
+
+def test_a_vocabulary_of_another_size_is_refused(experiment):
+    model = dataclasses.replace(experiment.model, vocab_size=99)
+    with pytest.raises(UserError, match="vocab_size=99 is not the tokenizer's"):
+        train(dataclasses.replace(experiment, model=model), "")

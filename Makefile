@@ -8,7 +8,7 @@ UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint 
 STARTER := data/starter
 
 help:
-	@echo "make quickstart  fetch a corpus in 35 languages, train, evaluate and export a small model, write a report (15 minutes, 2 cores)"
+	@echo "make quickstart  fetch a corpus in 44 languages, train, evaluate and export a small model, write a report (15 minutes, 2 cores)"
 	@echo "make test        all fast tests, the comparison with Hugging Face transformers among them"
 	@echo "make test-all    the slow ones too"
 	@echo "make lint        ruff and mypy"
@@ -18,7 +18,7 @@ help:
 # Each line can be run again at any time: what is already there is kept, and training goes on where it stopped.
 quickstart: .venv/.ready
 	$(EUROLLM) corpus starter --out $(STARTER)
-	$(EUROLLM) tokenizer train $(STARTER)/train --vocab-size 8192 --out $(STARTER)/tokenizer
+	$(EUROLLM) tokenizer train $(STARTER)/train --vocab-size 2048 --out $(STARTER)/tokenizer
 	$(EUROLLM) tokenizer report $(STARTER)/tokenizer $(STARTER)/heldout --json $(STARTER)/tokenizer/report.json
 	$(EUROLLM) corpus prepare $(STARTER)/train --tokenizer $(STARTER)/tokenizer --out $(STARTER)/store/train
 	$(EUROLLM) corpus prepare $(STARTER)/heldout --tokenizer $(STARTER)/tokenizer --out $(STARTER)/store/heldout

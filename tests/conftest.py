@@ -1,8 +1,12 @@
 """A small corpus in five languages and three scripts, a tokenizer trained on it, and the store prepared from both."""
 
 import os
+import tempfile
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"  # before jax
+# Before jax: eight devices, and one compilation for all tests and processes that run the same program.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="eurollm-tests-"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import json
 from pathlib import Path

@@ -4,10 +4,13 @@ Each command imports what it needs when it runs, so that `eurollm corpus` starts
 """
 
 import argparse
+import difflib
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,15 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 for what the user can mend, 2 for unknown options."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("eurollm_jax").setLevel(logging.INFO)
-    parser = _parser()
-    arguments, overrides = parser.parse_known_args(argv)
-    if overrides and not arguments.takes_overrides:
-        parser.error(f"unknown: {' '.join(overrides)}")
-    arguments.overrides = overrides
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(_unknown(unknown[0], arguments))
     try:
         return arguments.command(arguments) or 0
     except UserError as error:
         print(f"eurollm: {error}", file=sys.stderr)
+        return 1
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        print(f"eurollm: {error.filename} cannot be used ({error.strerror}): give another path.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("eurollm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -45,12 +49,11 @@ def run(experiment_file: str) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eurollm", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(takes_overrides=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(group, name, function, summary):  # type: ignore[no-untyped-def]
         added = group.add_parser(name, help=summary, description=summary)
-        added.set_defaults(command=function)
+        added.set_defaults(command=function, parser=added)
         return added
 
     def group(name: str, summary: str):  # type: ignore[no-untyped-def]
@@ -83,8 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         ("show", _show, "print the resolved experiment and what it will read, without training"),
     ):
         experiment = command(commands, name, function, summary)
-        experiment.add_argument("experiment", type=Path, help="a Python file; options of its fields may follow")
-        experiment.set_defaults(takes_overrides=True)
+        experiment.add_argument("experiment", type=Path, help="a Python file")
+        experiment.add_argument(
+            "fields",
+            nargs=argparse.REMAINDER,
+            metavar="--field value",
+            help="what to change in it; --help after the file lists its fields",
+        )
 
     export = command(commands, "export", _export, "write a run's model in Hugging Face format")
     export.add_argument("run", type=Path)
@@ -104,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     report = command(commands, "report", _report, "write a run's HTML report and print its table")
     report.add_argument("run", type=Path)
     return parser
+
+
+def _unknown(option: str, arguments: argparse.Namespace) -> str:
+    if "fields" in arguments:
+        return f"unknown: {option} (fields of the experiment come after its file)"
+    close = difflib.get_close_matches(option, re.findall(r"--[a-z-]+", arguments.parser.format_usage()), n=1)
+    return f"unknown: {option}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _corpus_starter(arguments: argparse.Namespace) -> None:
@@ -129,14 +144,17 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
 
 
 def _tokenizer_report(arguments: argparse.Namespace) -> None:
+    from eurollm_jax.corpus.folders import write_json
     from eurollm_jax.corpus.tokenizer import Tokenizer
     from eurollm_jax.corpus.tokenizer_report import report_json, report_table, tokenizer_report
 
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"{arguments.json.parent} is not a folder: make it, or name another file for the figures.")
     tokenizer = Tokenizer.load(arguments.tokenizer)
     rows = tokenizer_report(tokenizer, arguments.inputs)
     Console().print(report_table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report_json(tokenizer, rows), indent=1) + "\n")
+        write_json(arguments.json, report_json(tokenizer, rows))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -152,10 +170,11 @@ def _show(arguments: argparse.Namespace) -> None:
     from eurollm_jax.training.loop import open_inputs, plan
 
     experiment, docstring = _experiment(arguments)
+    planned = plan(experiment, open_inputs(experiment).data)
+    experiment.schedule.build(experiment.steps)  # refuses here already what does not fit the run
     console = Console()
     console.print(docstring, highlight=False, markup=False)
     console.print_json(json.dumps(encode(experiment)))
-    planned = plan(experiment, open_inputs(experiment).data)
     table = Table("source", *("share", "rows", "tokens", "bytes", "epochs", "second epoch from row"))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -176,14 +195,17 @@ def _export(arguments: argparse.Namespace) -> int:
     from eurollm_jax.hf.export import export
     from eurollm_jax.hf.verify import require_libraries, verify, verify_table
 
+    samples = arguments.run / "samples.json"
     if arguments.verify:
         require_libraries()
+        if (arguments.run / "experiment.json").is_file() and not samples.is_file():
+            raise UserError(f"{arguments.run} has no samples.json to verify an export with: let it train to its end.")
     params, config, tokenizer = _trained(arguments.run)
     export(params, config, tokenizer, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"{arguments.out}: written")
     if not arguments.verify:
         return 0
-    texts = [sample["prompt"] for sample in json.loads((arguments.run / "samples.json").read_text())]
+    texts = [sample["prompt"] for sample in json.loads(samples.read_text())]
     rows = verify(arguments.out, params, config, tokenizer, texts=texts)
     Console().print(verify_table(rows))
     return 0 if all(row.ok for row in rows) else 1
@@ -213,7 +235,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from eurollm_jax.evaluation.report import final_table, write_report
 
     path = write_report(arguments.run)
-    Console().print(final_table(arguments.run))
+    if (arguments.run / "evaluation.json").is_file():  # else the report says what is missing
+        Console().print(final_table(arguments.run))
     print(f"Open {path} in a browser.")
 
 
@@ -225,10 +248,8 @@ def _experiment(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     experiment, docstring = load_experiment(arguments.experiment)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    changed = tyro.cli(
-        Experiment, default=experiment, args=arguments.overrides, config=settings, prog=str(arguments.experiment)
-    )
-    return changed, docstring
+    program = f"{arguments.parser.prog} {arguments.experiment}"
+    return tyro.cli(Experiment, default=experiment, args=arguments.fields, config=settings, prog=program), docstring
 
 
 def _trained(run: Path):  # type: ignore[no-untyped-def]
@@ -239,9 +260,10 @@ def _trained(run: Path):  # type: ignore[no-untyped-def]
     from eurollm_jax.training.step import abstract_params
 
     config = recorded_model(read_record(run))
-    checkpoints = Checkpoints(run / "checkpoints")
-    params, _ = checkpoints.restore_params(abstract_params(config, _one_device()))
-    checkpoints.close()
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} holds no checkpoint: train the run first.")
+    with closing(Checkpoints(run / "checkpoints", read_only=True)) as checkpoints:
+        params, _ = checkpoints.restore_params(abstract_params(config, _one_device()))
     return params, config, Tokenizer.load(run / "tokenizer")
 
 

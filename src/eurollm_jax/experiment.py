@@ -1,26 +1,43 @@
 """Experiment: the frozen tree of all that a run needs, and the directory that the run lives in."""
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eurollm_jax.data.loader import DataConfig
+import jax
+
+from eurollm_jax.corpus.folders import write_json
+from eurollm_jax.data.loader import DataConfig, differences
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.transformer import TransformerConfig
 from eurollm_jax.parallel.mesh import MeshConfig
-from eurollm_jax.training.optimizer import AdamW
+from eurollm_jax.training.optimizer import AdamW, Muon
 from eurollm_jax.training.schedule import WSD, Cosine
+
+RECORDED_PACKAGES = ("eurollm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+COUNTS = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
+
+CADENCE = ("log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
+PATHS = ("tokenizer", "heldout", "runs")  # the hashes of what they point to decide
+
+NOT_IDENTITY = frozenset(("mesh", *CADENCE, *PATHS))
+"""Fields that do not change what is learnt: where it is computed, and how often one looks."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,7 @@ class Experiment:
     schedule: WSD | Cosine
     steps: int
     batch_size: int  # rows, over all devices
-    optimizer: AdamW = AdamW()
+    optimizer: AdamW | Muon = AdamW()
     z_loss: float = 1e-4
     seed: int = 0  # of the initial weights; the data have their own
     mesh: MeshConfig = MeshConfig()
@@ -47,14 +64,11 @@ class Experiment:
     runs: str = "runs"
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        for field in COUNTS:
             if getattr(self, field) < 1:
                 raise UserError(f"experiment {self.name!r}: {field}={getattr(self, field)} must be 1 or more.")
-        if self.checkpoint_every % self.log_every:
-            raise UserError(
-                f"experiment {self.name!r}: checkpoint_every={self.checkpoint_every} is not a multiple of "
-                f"log_every={self.log_every}, so a resumed run would log an interval twice: change one of them."
-            )
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+            raise UserError(f"experiment {self.name!r}: the name becomes a folder; use letters, digits, . _ and -.")
         if self.data.sequence_length > self.model.max_positions:
             raise UserError(
                 f"experiment {self.name!r}: rows of {self.data.sequence_length} tokens exceed the model's "
@@ -71,16 +85,6 @@ class Experiment:
         return Path(self.runs) / self.name
 
 
-RECORDED_PACKAGES = ("eurollm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-
-RECORDED_PACKAGES = ("eurollm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-
-NOT_IDENTITY = frozenset(
-    ("mesh", "runs", "log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
-)
-"""Fields that do not change what is learnt: where it is computed, and how often one looks."""
-
-
 def encode(value: Any) -> Any:
     """A configuration as JSON-able values; dataclasses carry their type's name."""
     if isinstance(value, Mixture):
@@ -94,6 +98,7 @@ def encode(value: Any) -> Any:
 def identity(experiment: Experiment, inputs: Mapping[str, str]) -> dict[str, Any]:
     """All that decides what the run learns; `inputs` are the hashes of what the paths point to."""
     fields = {name: value for name, value in encode(experiment).items() if name not in NOT_IDENTITY}
+    del fields["data"]["store"], fields["model"]["remat"]
     return {**fields, "inputs": dict(inputs)}
 
 
@@ -123,11 +128,32 @@ def claim_run(experiment: Experiment, docstring: str, inputs: Mapping[str, str],
         "experiment": encode(experiment),
         "identity": mine,
         **facts,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
-        "code": _commit(),
+        **environment(),
     }
     write_json(record_path, record)
     return run
+
+
+def environment() -> dict[str, Any]:
+    """What computes: recorded when a run begins and whenever it goes on."""
+    return {
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
+        "code": _commit(),
+    }
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds a run directory; UserError while another process does. A dead process holds nothing."""
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in {run}: wait for it, or choose another name.") from None
+        except OSError:
+            pass  # some cluster file systems have no locks
+        yield
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -147,20 +173,6 @@ def recorded_model(record: Mapping[str, Any]) -> TransformerConfig:
     return TransformerConfig(**fields)
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """One phrase for each leaf that differs."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
-    return [] if before == now else [f"{path} was {json.dumps(before)} and is {json.dumps(now)}"]
-
-
-def write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(path)
-
-
 def load_experiment(path: Path) -> tuple[Experiment, str]:
     """The `EXPERIMENT` of a Python file, and the file's docstring, which states its question."""
     if not path.is_file():
@@ -168,15 +180,33 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)  # so that experiments import each other as `experiments.name`
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file: give the path of an experiment.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(_located(error, path)) from error
     experiment = getattr(module, "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} defines no `EXPERIMENT = Experiment(...)`: add one (see experiments/quickstart.py).")
     return experiment, (module.__doc__ or "").strip()
+
+
+def _located(error: Exception, path: Path) -> str:
+    """What is wrong with an experiment's file, and in which line of it, or of a file beside it that it imports."""
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        lines.append((error.filename, error.lineno))
+    beside = [(Path(file), line) for file, line in lines if Path(file).resolve().parent == path.resolve().parent]
+    where = f"{path.parent / beside[-1][0].name} line {beside[-1][1]}" if beside else str(path)
+    if isinstance(error, UserError):
+        return f"{where}: {error}"
+    if isinstance(error, SyntaxError):  # whose full text draws the line below the message
+        return f"mend {where}: {type(error).__name__}: {error.msg}"
+    said = traceback.TracebackException.from_exception(error).format_exception_only()  # with its "Did you mean"
+    return f"mend {where}: {next(said).strip()}"
 
 
 def _commit() -> str | None:

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eurollm_jax.data.batch import Batch
-from eurollm_jax.data.loader import Data, DataConfig, open_data, sequential_batches
+from eurollm_jax.data.loader import Data, DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
-from eurollm_jax.data.packing import ConcatPacking
 from eurollm_jax.errors import UserError
 
 LENGTH = 16
@@ -140,16 +139,6 @@ def test_a_mismatch_is_refused_with_the_difference_named(memory_store):
         data_of(memory_store, Mixture.proportional()),
     ]
     assert len({d.fingerprint for d in [data, *others]}) == 4
-
-
-def test_sequential_batches_hold_every_row_once_and_end_in_padding(memory_store):
-    packing = ConcatPacking(memory_store.sources["fi"], LENGTH)
-    batches = list(sequential_batches(packing, 8, source=2))
-    assert {batch.tokens.shape for batch in batches} == {(8, LENGTH)}
-    whole, rows = joined(batches), packing.gather(np.arange(packing.rows))
-    assert_equal(Batch(*(f[: packing.rows] for f in whole)), Batch(*rows, np.full(packing.rows, 2, np.int32)))
-    assert not whole.mask[packing.rows :].any()
-    assert not whole.segments[packing.rows :].any()
 
 
 def test_a_real_store_is_read_as_its_documents_were_written(store):

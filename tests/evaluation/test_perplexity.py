@@ -40,7 +40,10 @@ def model(tokenizer):
 
 def nats_one_by_one(params, config, stream, starts, layout):
     """Row by row: a token's context is what precedes it in its row and document; a document's first costs nothing."""
-    total = 0.0
+    total, ones, at = 0.0, np.ones((1, LENGTH), int), np.arange(LENGTH)[None]
+    scores_of = jax.jit(
+        lambda params, inputs: logits(params, forward(params, inputs, ones, at, config, layout), config)[0]
+    )
     for first in range(0, len(stream) - 1, LENGTH):
         row = stream[first : first + LENGTH + 1]
         cuts = sorted({0, *(int(s) - first for s in starts if first < s < first + len(row)), len(row)})
@@ -50,9 +53,7 @@ def nats_one_by_one(params, config, stream, starts, layout):
                 continue
             inputs = np.zeros((1, LENGTH), int)
             inputs[0, : len(piece) - 1] = piece[:-1]
-            at = np.arange(LENGTH)[None]
-            hidden = forward(params, inputs, np.ones((1, LENGTH), int), at, config, layout)
-            scores = np.asarray(logits(params, hidden, config)[0], np.float64)[: len(piece) - 1]
+            scores = np.asarray(scores_of(params, inputs), np.float64)[: len(piece) - 1]
             log_z = np.log(np.exp(scores).sum(-1))
             total += (log_z - scores[np.arange(len(piece) - 1), piece[1:]]).sum()
     return total

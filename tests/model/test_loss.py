@@ -1,5 +1,7 @@
 """The chunked loss against the textbook formula in float64, forward and backward."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.model import loss
 from eurollm_jax.model.loss import cross_entropy, sum_by_source
+from eurollm_jax.parallel.mesh import Layout, MeshConfig
 
-B, T, D, V = 3, 12, 8, 50
+B, T, D, V = 3, 13, 8, 50
 
 
 @pytest.fixture
@@ -31,10 +34,10 @@ def oracle(hidden, head, targets, mask, z_loss):
     return total, nats, d_logits @ head.T, np.einsum("btd,btv->dv", hidden, d_logits)
 
 
-@pytest.mark.parametrize("at_once", [1, 2 * B * V, B * V * T])
+@pytest.mark.parametrize("at_once", [1, 2 * B * V, 5 * B * V, B * V * T])  # 1, 2, 4 (does not divide T) and T positions
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_value_and_gradients(inputs, one_device, monkeypatch, at_once, z_loss):
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", {"cpu": at_once})
     hidden, head, targets, mask = inputs
 
     def scaled(hidden, head):
@@ -67,6 +70,30 @@ def test_logits_of_the_whole_batch_are_never_held(one_device):
     ]
     memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.1 * 4 * batch * length * vocab
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=4, tensor=2)])
+def test_the_heads_gradient_crosses_the_network_once(mesh, monkeypatch):
+    """No all-reduce of its size stands inside the loop over chunks."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", {"cpu": 64})
+    layout = Layout(mesh.build())
+
+    def gradient(hidden, head, targets, mask):
+        return jax.grad(lambda w: cross_entropy(hidden, w, targets, mask, z_loss=0.0, layout=layout)[0])(head)
+
+    rows, head = layout.rows, layout.parameter(("embed", "vocab"))
+    compiled = jax.jit(gradient, in_shardings=(rows, head, rows, rows), out_shardings=head).lower(
+        jax.ShapeDtypeStruct((8, 16, 32), jnp.float32),
+        jax.ShapeDtypeStruct((32, 64), jnp.float32),
+        jax.ShapeDtypeStruct((8, 16), jnp.int32),
+        jax.ShapeDtypeStruct((8, 16), jnp.bool_),
+    )
+    text = compiled.compile().as_text()
+    loop = next(name for name in re.findall(r"body=%?([\w.-]+)", text))
+    body = re.search(rf"^%?{re.escape(loop)} .*?^}}", text, re.M | re.S).group()
+    assert "dot(" in body or "fusion(" in body
+    for shape in re.findall(r"f32\[([\d,]*)\]\S* (?:all-reduce|reduce-scatter)", body):
+        assert np.prod([int(n) for n in shape.split(",") if n]) < 32 * 64 // 2, f"f32[{shape}] in the loop"
 
 
 def test_sums_by_source_count_each_position_once():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from eurollm_jax.corpus.prepare import prepare
 from eurollm_jax.data.loader import DataConfig
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.experiment import Experiment
@@ -26,19 +27,30 @@ def tiny(tokenizer):
     )
 
 
+@pytest.fixture(scope="session")
+def heldout(corpus_dir, tokenizer, tmp_path_factory):
+    """Three of the five languages, so that its sources have other numbers than those of the training data."""
+    folder = tmp_path_factory.mktemp("heldout")
+    for code in ("de", "el", "mt"):
+        (file,) = corpus_dir.glob(f"{code}.*")
+        lines = file.read_bytes().splitlines(keepends=True)
+        (folder / file.name).write_bytes(b"".join(lines[:20]))
+    return prepare(folder, tokenizer, folder / "store")
+
+
 @pytest.fixture
-def experiment(tiny, tokenizer, store, tmp_path):
+def experiment(tiny, tokenizer, store, heldout, tmp_path):
     return Experiment(
         name="tiny",
         tokenizer=str(tokenizer.model_path),
         data=DataConfig(store=str(store.path), mixture=Mixture.temperature(0.5, "bytes"), sequence_length=32),
-        heldout=str(store.path),
+        heldout=str(heldout.path),
         model=tiny,
         schedule=WSD(peak=1e-2, warmup=2),
         steps=12,
         batch_size=8,
-        log_every=2,
-        evaluate_every=6,
+        log_every=3,
+        evaluate_every=5,
         evaluate_rows=2,
         checkpoint_every=4,
         runs=str(tmp_path / "runs"),

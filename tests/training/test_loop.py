@@ -1,8 +1,10 @@
 """A run is what its experiment says, however often it is stopped; a directory is never taken over by another one."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +20,14 @@ from eurollm_jax.model.param import flatten
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.loop import train
+from eurollm_jax.training.schedule import WSD
 from eurollm_jax.training.step import abstract_params
 
 TIMES = {"seconds", "tokens_per_second", "peak_share", "data_wait"}
 
 
 def params(run, model):
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     values, progress = checkpoints.restore_params(abstract_params(model, Layout(MeshConfig().build())))
     checkpoints.close()
     return {path: np.asarray(value) for path, value in flatten(values).items()}, progress
@@ -58,7 +61,7 @@ def test_a_killed_run_resumes_to_the_same_bits(experiment, undisturbed, tmp_path
         "from eurollm_jax.data.loader import DataConfig\n"
         f"EXPERIMENT = {experiment!r}\n"
     )
-    command = [sys.executable, "-m", "eurollm_jax.cli", "train", str(module)]
+    command = [sys.executable, "-m", "eurollm_jax", "train", str(module)]
     run = experiment.run
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -75,15 +78,16 @@ def test_a_killed_run_resumes_to_the_same_bits(experiment, undisturbed, tmp_path
     assert any(json.loads(line)["kind"] == "restart" for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
-def test_the_run_directory_holds_what_it_promises(experiment, undisturbed, store):
+def test_the_run_directory_holds_what_it_promises(experiment, undisturbed, heldout):
     evaluation = json.loads((undisturbed / "evaluation.json").read_text())
-    for name, source in store.sources.items():
+    assert list(evaluation["languages"]) == ["de", "el", "mt"]
+    for name, source in heldout.sources.items():
         figures = evaluation["languages"][name]
         assert figures["bytes"] == source.bytes
         assert figures["bits_per_byte"] == pytest.approx(figures["nats"] / np.log(2) / source.bytes)
     lines = metrics(undisturbed)
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
-    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [6, 12]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 4, 7, 8, 11, 12]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [5, 10, 12]
     last = [line for line in lines if line["kind"] == "train"][-1]
     assert sum(source["rows"] for source in last["sources"].values()) == experiment.total_rows
     planned = json.loads((undisturbed / "plan.json").read_text())["sources"]
@@ -91,8 +95,60 @@ def test_the_run_directory_holds_what_it_promises(experiment, undisturbed, store
         name: source["rows"] for name, source in planned.items()
     }
     assert last["loss"] < lines[0]["loss"]
-    assert {sample["language"] for sample in json.loads((undisturbed / "samples.json").read_text())} == set(planned)
+    assert {sample["language"] for sample in json.loads((undisturbed / "samples.json").read_text())} == {
+        "de",
+        "el",
+        "mt",
+    }
     assert write_report(undisturbed).stat().st_size > 10_000
+
+
+def test_what_a_killed_run_leaves_before_its_first_checkpoint_is_dropped(experiment, undisturbed):
+    run = experiment.run
+    run.mkdir(parents=True)
+    shutil.copy(undisturbed / "experiment.json", run)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kind": "train", "st')
+    train(experiment, "")
+    assert metrics(run) == metrics(undisturbed)
+
+
+def test_a_new_evaluation_follows_a_new_training(experiment):
+    run = train(experiment, "")
+    before = (run / "evaluation.json").read_text()
+    (run / "evaluation.json").write_text("of another model")
+    shutil.rmtree(run / "checkpoints")
+    train(experiment, "")
+    assert (run / "evaluation.json").read_text() == before
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(experiment):
+    with pytest.raises(UserError, match=r"(nan|inf) at step \d+: lower the learning rate"):
+        train(dataclasses.replace(experiment, schedule=WSD(peak=1e30, warmup=4, decay=0.0)), "")
+    assert not (experiment.run / "evaluation.json").exists()
+
+
+def test_two_processes_do_not_train_one_run(experiment):
+    experiment.run.mkdir(parents=True)
+    with (experiment.run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is not empty"):
+            train(experiment, "")
+    (experiment.run / ".lock").unlink()
+    run = train(experiment, "")
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains in"):
+            train(experiment, "")
+
+
+def test_looking_at_a_run_touches_nothing(experiment):
+    run = train(experiment, "")
+    (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    assert checkpoints.latest == experiment.steps
+    checkpoints.close()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
 
 def test_a_complete_run_is_left_alone(experiment):
@@ -125,7 +181,8 @@ def test_a_directory_of_something_else_is_refused(experiment):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(log_every=3), "checkpoint_every=4 is not a multiple of log_every=3"),
+        (dict(evaluate_rows=0), "evaluate_rows=0 must be 1 or more"),
+        (dict(name="../elsewhere"), "the name becomes a folder"),
         (dict(steps=0), "steps=0 must be 1 or more"),
     ],
 )

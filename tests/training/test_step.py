@@ -10,10 +10,10 @@ import pytest
 from eurollm_jax.data.loader import DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
-from eurollm_jax.model.param import flatten, unflatten
-from eurollm_jax.model.transformer import specs
+from eurollm_jax.model.param import flatten, init, unflatten
+from eurollm_jax.model.transformer import TransformerConfig, embed, specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
-from eurollm_jax.training.optimizer import AdamW
+from eurollm_jax.training.optimizer import AdamW, Muon
 from eurollm_jax.training.step import build_program
 
 MESHES = [
@@ -25,8 +25,8 @@ MESHES = [
 ]
 
 
-def program(config, layout, tokenizer, data, batch_size=8):
-    optimizer = AdamW().build(optax.constant_schedule(1e-2), specs(config))
+def program(config, layout, tokenizer, data, batch_size=8, optimizer=AdamW()):
+    optimizer = optimizer.build(optax.constant_schedule(1e-2), specs(config))
     return build_program(
         config,
         layout,
@@ -70,14 +70,17 @@ def test_eight_devices_train_as_one(mesh, tiny, tokenizer, data, alone):
         np.testing.assert_allclose(value, flatten(alone[0].params)[path], atol=2e-4, err_msg=path)
 
 
-def test_state_lives_where_the_mesh_says(tiny, tokenizer, data):
-    compiled = program(tiny, Layout(MeshConfig(data=2, fsdp=2, tensor=2).build()), tokenizer, data)
+@pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["AdamW", "Muon"])
+def test_state_lives_where_the_mesh_says(optimizer, tiny, tokenizer, data):
+    compiled = program(tiny, Layout(MeshConfig(data=2, fsdp=2, tensor=2).build()), tokenizer, data, optimizer=optimizer)
     state = compiled.init(jax.random.key(0))
     gate = state.params["layers"]["gate"]
     assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 8, 16)}  # [layers, embed/2, mlp/2]
-    for moment in jax.tree.leaves(state.optimizer):
-        if moment.shape == gate.shape:
-            assert moment.sharding.is_equivalent_to(gate.sharding, 3)
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == gate.shape]
+    up_too = 2 if isinstance(optimizer, AdamW) else 1  # moments kept; gate and up have one shape
+    assert len(moments) == 2 * up_too
+    for moment in moments:
+        assert moment.sharding.is_equivalent_to(gate.sharding, 3)
 
 
 def test_loss_is_the_mean_of_the_nats_and_sources_add_up(alone, data):
@@ -113,3 +116,40 @@ def test_adamw_decays_matrices_only_and_clips(tiny):
         clipped = gradients[path] / norm
         decay = 0.0 if "norm" in path else 0.5 * params[path]
         np.testing.assert_allclose(update, -0.1 * (clipped / (np.abs(clipped) + 1e-8) + decay), rtol=2e-3, atol=1e-5)
+
+
+def test_a_frequent_token_learns_in_bf16_as_in_float32():
+    """Its gradient is a sum over all its places, which bfloat16 could not add up."""
+    config = TransformerConfig(
+        vocab_size=4, width=8, depth=1, heads=2, kv_heads=1, head_dim=4, mlp=8, max_positions=4096, compute="bfloat16"
+    )
+    params = init(specs(config), jax.random.key(0))
+    tokens = np.ones((2, 4096), np.int32)
+
+    def total(params):
+        return embed(params, tokens, config, Layout(MeshConfig().build(jax.devices()[:1]))).astype(np.float32).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(params)["embedding"][1], 8192)
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam(tiny):
+    """The first update of a matrix has the gradient's singular vectors and nearly equal singular values."""
+    rng = np.random.default_rng(0)
+    declared = flatten(specs(tiny))
+    params = {path: np.zeros(spec.shape, np.float32) for path, spec in declared.items()}
+    gradients = {path: rng.normal(size=spec.shape).astype(np.float32) for path, spec in declared.items()}
+    optimizer = Muon(clip_norm=1e9).build(optax.constant_schedule(0.1), specs(tiny))
+    updates, _ = optimizer.update(unflatten(gradients), optimizer.init(unflatten(params)), unflatten(params))
+    for path, update in flatten(updates).items():
+        spec = declared[path]
+        if not path.startswith("layers/") or "norm" in path:
+            nesterov = 0.9 * 0.1 / (1 - 0.9**2) + 1  # of the momentum, bias-corrected
+            np.testing.assert_allclose(update, -0.1 * nesterov * np.sign(gradients[path]), rtol=1e-3)
+            continue
+        inner = int(np.prod([spec.sizes[axis] for axis in spec.fan_in]))
+        for ours, gradient in zip(np.asarray(update), gradients[path], strict=True):
+            ours, gradient = (x.reshape(inner, -1) for x in (ours, gradient))
+            left, _, right = np.linalg.svd(gradient, full_matrices=False)
+            turned = left.T @ ours @ right.T / (-0.1 * 0.2 * np.sqrt(max(ours.shape)))
+            assert np.all((np.diag(turned) > 0.5) & (np.diag(turned) < 1.3)), path
+            np.testing.assert_allclose(turned - np.diag(np.diag(turned)), 0, atol=0.02, err_msg=path)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def corpus_files(path: Path) -> list[Path]:
     found = [entry for entry in entries if entry.is_file() and entry.name.endswith(SUFFIXES)]
     if not found:
         inside = [entry.name for entry in entries if entry.is_dir() and any(map(_is_supported, entry.iterdir()))]
-        hint = f"; did you mean {_either(str(path / name) for name in inside)}?" if inside else ""
-        raise UserError(f"{path} has no {_either(SUFFIXES)} file{hint}")
+        meant = f"did you mean {_either(str(path / name) for name in inside)}?" if inside else ""
+        raise UserError(f"{path} has no {_either(SUFFIXES)} file; {meant or 'give a folder of such files'}")
     strays = [entry for entry in entries if entry.is_file() and entry not in found and entry.suffix in _OTHER_DATA]
     if strays:
         raise UserError(f"{strays[0]} cannot be read here; convert it to {_either(SUFFIXES)} or move it out of {path}")
@@ -70,7 +71,8 @@ def read_documents(
     A .jsonl line is an object with `text`, and `id`, `language` (or `lang`), `source`, `licence` (or `license`) and
     `url` where known; other fields are ignored and so are blank lines. A .txt file is one document. The arguments fill
     in what a document does not say itself; a `language` that contradicts a document's own is an error. Without any, the
-    source is the file's name, the licence "unknown", and the id is made of the source and a hash of the text.
+    language of a .txt file is what its name or its folder's begins with (`fr.txt`, `fr-letters.txt`, `fr/letters.txt`),
+    the source is the file's name, the licence "unknown", and the id is made of the source and a hash of the text.
     Raises UserError, with file and line, for anything that cannot be read whole.
     """
     defaults = _Defaults(resolve(language).code if language is not None else None, source, licence)
@@ -116,7 +118,8 @@ def _read_file(path: Path, defaults: _Defaults) -> Iterator[Document]:
     if path.suffix == ".txt":
         content = path.read_bytes()
         text = "\n".join(_decode(line, path, number) for number, line in enumerate(content.split(b"\n"), 1))
-        yield _document({"text": text.removeprefix("\ufeff")}, str(path), source, defaults)
+        language = defaults.language or _language_by_name(path)
+        yield _document({"text": text.removeprefix("\ufeff"), "language": language}, str(path), source, defaults)
         return
     empty = True
     for number, line in enumerate(_lines(path), 1):
@@ -168,7 +171,7 @@ def _language(record: dict[str, Any], where: str, default: str | None) -> str:
     tag = _field(record, where, "language", "lang")
     if not tag:
         if default is None:
-            raise UserError(f"{where} says no language; add a field 'language', or name the language when you read it")
+            raise UserError(f'{where} says no language; add a field such as "language": "fr"')
         return default
     try:
         own = resolve(tag).code
@@ -177,6 +180,25 @@ def _language(record: dict[str, Any], where: str, default: str | None) -> str:
     if default is not None and own != default:
         raise UserError(f"{where} says that its language is {tag!r}, but {default!r} was asked for; mend either")
     return own
+
+
+def _language_by_name(path: Path) -> str:
+    """The language that the name of a .txt file, or of its folder, begins with."""
+    by_file, by_folder = (_leading_language(name) for name in (path.stem, path.absolute().parent.name))
+    if by_file and by_folder and by_file != by_folder:
+        raise UserError(f"{path} is {by_file!r} by its name and {by_folder!r} by its folder's; rename either")
+    if not (by_file or by_folder):
+        raise UserError(f"{path} says no language; begin its name with a code, as in fr-{path.name}, or use .jsonl")
+    return by_file or by_folder
+
+
+def _leading_language(name: str) -> str:
+    """The code that the longest possible start of `name`, up to a hyphen, an underscore or a dot, stands for; or ""."""
+    ends = [len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] in "-_.")]
+    for start in (name[:end] for end in ends):
+        with suppress(UserError):
+            return resolve(start).code
+    return ""
 
 
 def _field(record: dict[str, Any], where: str, *names: str) -> str:
@@ -236,7 +258,8 @@ def _to_json(document: Document) -> bytes:
 def _missing(path: Path) -> str:
     while not path.parent.exists():
         path = path.parent
-    return f"{path} does not exist{_did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))}"
+    hint = _did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
+    return f"{path} does not exist{hint or '; give a file or folder that does'}"
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

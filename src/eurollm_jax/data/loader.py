@@ -89,10 +89,10 @@ class Data:
 
     def require_same(self, saved: Mapping[str, Any]) -> None:
         """UserError that names the differences if `saved`, a checkpoint's `describe()`, is not of the same data."""
-        differences = _differences(saved, self.describe(), "")
-        if differences:
+        found = differences(saved, self.describe())
+        if found:
             raise UserError(
-                f"the checkpoint was trained on other data: {'; '.join(differences)}; restore what differs to go on "
+                f"the checkpoint was trained on other data: {'; '.join(found)}; restore what differs to go on "
                 "with it, or start a new run"
             )
 
@@ -147,15 +147,6 @@ def open_data(config: DataConfig, total_rows: int) -> Data:
     return Data.from_store(TokenStore.open(Path(config.store)), config, total_rows)
 
 
-def sequential_batches(packing: ConcatPacking, batch_size: int, source: int = 0) -> Iterator[Batch]:
-    """Every row of one source once, in order, for evaluation; the last batch is filled up with rows of padding."""
-    for first in range(0, packing.rows, batch_size):
-        rows = packing.gather(np.arange(first, min(first + batch_size, packing.rows)))
-        missing = batch_size - len(rows.tokens)
-        padded = (np.pad(field, ((0, missing), (0, 0))) for field in rows)
-        yield Batch._make([*padded, np.full(batch_size, source, np.int32)])
-
-
 @dataclass(frozen=True, slots=True)
 class _Batches:
     """Grain's random-access source. An item is a whole batch: Grain's own batching costs several times as much."""
@@ -205,10 +196,11 @@ def _check_dealing(first_row: int, batch_size: int, host: int, hosts: int) -> No
         )
 
 
-def _differences(saved: Any, now: Any, path: str) -> list[str]:
+def differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """One phrase for each leaf that differs between two trees of JSON-able values."""
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         keys = sorted(saved.keys() | now.keys())
-        return [d for key in keys for d in _differences(saved.get(key), now.get(key), f"{path}.{key}" if path else key)]
+        return [d for key in keys for d in differences(saved.get(key), now.get(key), f"{path}.{key}" if path else key)]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
-        return [d for i, pair in enumerate(zip(saved, now, strict=True)) for d in _differences(*pair, f"{path}[{i}]")]
+        return [d for i, pair in enumerate(zip(saved, now, strict=True)) for d in differences(*pair, f"{path}[{i}]")]
     return [] if saved == now else [f"{path} was {saved} and is {now}"]

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import batched, pairwise
 from typing import Any
 
 import jax
@@ -32,8 +32,8 @@ from eurollm_jax.parallel.mesh import Layout
 DEFINITION = (
     "Bits per byte = sum of nats / ln 2 / raw UTF-8 bytes of the held-out documents; every token and the end of each "
     "document are charged, each predicted once from the tokens before it in its row. xz: `xz -9e` over the same "
-    "documents joined by newlines. Order 0: the entropy of their byte frequencies, a bound for every coder that looks "
-    "at no context."
+    "documents joined by newlines. Order 0: the entropy of their byte frequencies, a bound for every fixed code "
+    "of single bytes."
 )
 
 
@@ -51,16 +51,14 @@ class HeldOut:
 
     def batches(self, rows_per_source: int | None = None) -> Iterator[Batch]:
         """The first rows of every source (default: all), source after source, the last batch filled up with padding."""
-        rows = []
-        for index, source in enumerate(self.store.sources.values()):
-            packing = ConcatPacking(source, self.length)
-            count = packing.rows if rows_per_source is None else min(packing.rows, rows_per_source)
-            rows.append(Batch(*packing.gather(np.arange(count)), source=np.full(count, index, np.int32)))
-        whole = Batch(*(np.concatenate(fields) for fields in zip(*rows, strict=True)))
-        missing = -len(whole.source) % self.batch_size
-        padded = Batch(*(np.pad(field, [(0, missing)] + [(0, 0)] * (field.ndim - 1)) for field in whole))
-        for first in range(0, len(padded.source), self.batch_size):
-            yield Batch(*(field[first : first + self.batch_size] for field in padded))
+        packings = [ConcatPacking(source, self.length) for source in self.store.sources.values()]
+        counts = [p.rows if rows_per_source is None else min(p.rows, rows_per_source) for p in packings]
+        places = ((index, row) for index, count in enumerate(counts) for row in range(count))
+        for some in batched(places, self.batch_size):
+            missing = (0, self.batch_size - len(some))
+            rows = [packings[index].gather(np.array([row])) for index, row in some]
+            fields = (np.pad(np.concatenate(field), [missing, (0, 0)]) for field in zip(*rows, strict=True))
+            yield Batch._make([*fields, np.pad([index for index, _ in some], missing).astype(np.int32)])
 
 
 type Measure = Callable[[Params, Batch], SourceSums]

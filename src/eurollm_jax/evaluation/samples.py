@@ -21,6 +21,13 @@ def opening(source: Source, tokenizer: Tokenizer) -> str:
     return start.rsplit(" ", 1)[0] if " " in start else start
 
 
+def _fitting(text: str, tokenizer: Tokenizer, room: int) -> str:
+    """The longest beginning of a text that takes at most `room` tokens."""
+    while len(tokenizer.encode(text)) > room:
+        text = text[:-1]
+    return text
+
+
 def sample(
     params: Params,
     config: TransformerConfig,
@@ -32,8 +39,10 @@ def sample(
     temperature: float = 0.7,
     top_p: float = 0.9,
 ) -> list[dict[str, Any]]:
-    """The content of samples.json."""
-    prompts = [opening(source, tokenizer) for source in sources]
+    """The content of samples.json. In a model of few positions, prompts and continuations share them equally."""
+    new_tokens = min(new_tokens, config.max_positions // 2)
+    room = config.max_positions - new_tokens - 1  # a beginning mark stands before each prompt
+    prompts = [_fitting(opening(source, tokenizer), tokenizer, room) for source in sources]
     continuations = generate(
         params,
         config,

@@ -171,8 +171,9 @@ def _same_function(
     @jax.jit
     def our_logits(params: Params, tokens: Array) -> Array:
         positions = jnp.arange(longest)[None]
-        hidden = forward(params, tokens[None], jnp.ones_like(positions), positions, ours, layout)
-        return logits(params, hidden, ours)[0]
+        with jax.default_matmul_precision("highest"):  # some GPUs round float32 products to TF32 otherwise
+            hidden = forward(params, tokens[None], jnp.ones_like(positions), positions, ours, layout)
+            return logits(params, hidden, ours)[0]
 
     worst, agree, clear, positions = 0.0, 0, 0, 0
     nats = np.zeros(2)

@@ -32,16 +32,16 @@ EUROLLM_9B = TransformerConfig(
     tied=False,
 )
 
-# Ours, for the quick start: learns 35 languages on two CPU cores while one has a coffee.
+# Ours, for the quick start: a few million tokens of 44 languages are too little for more weights or a larger vocabulary.
 NANO = TransformerConfig(
-    vocab_size=8192,
-    width=256,
-    depth=4,
-    heads=4,
-    kv_heads=2,
+    vocab_size=2048,
+    width=192,
+    depth=3,
+    heads=3,
+    kv_heads=3,
     head_dim=64,
-    mlp=704,
-    max_positions=256,
+    mlp=512,
+    max_positions=512,
     tied=True,
     compute="float32",
     remat="none",

@@ -19,7 +19,8 @@ from eurollm_jax.model.param import Params
 from eurollm_jax.model.transformer import TransformerConfig, forward, head
 from eurollm_jax.parallel.mesh import Layout
 
-LOGITS_AT_ONCE = 2**23  # per device: 32 MB in float32
+LOGITS_AT_ONCE = {"cpu": 2**23}  # per device; few enough to stay near the cache of a CPU
+LOGITS_AT_ONCE_ELSEWHERE = 2**28  # enough for large products: 1 GB in float32
 
 
 class SourceSums(NamedTuple):
@@ -63,9 +64,21 @@ def cross_entropy(
     nats leave out. Products are in the type of `hidden`; sums and the head's gradient are in float32.
     """
     batch, length, _ = hidden.shape
+    at_once = LOGITS_AT_ONCE.get(layout.platform, LOGITS_AT_ONCE_ELSEWHERE)
     per_position = batch * head.shape[1] // (layout.ways("batch") * layout.ways("vocab"))
-    chunk = max(n for n in range(1, length + 1) if length % n == 0 and (n == 1 or n * per_position <= LOGITS_AT_ONCE))
-    return _summed(hidden, head, targets, mask, z_loss, chunk, layout)
+    chunks = -(-length * per_position // at_once)
+    chunk = -(-length // min(chunks, length))
+    padding = [(0, 0), (0, -length % chunk)]
+    total, nats = _summed(
+        jnp.pad(hidden, [*padding, (0, 0)]),
+        head,
+        jnp.pad(targets, padding),
+        jnp.pad(mask, padding),
+        z_loss,
+        chunk,
+        layout,
+    )
+    return total, nats[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -91,9 +104,13 @@ _summed.defvjp(_forward, _backward)
 def _by_chunks(
     hidden: Array, head: Array, targets: Array, mask: Array, z_loss: float, chunk: int, layout: Layout, gradients: bool
 ) -> tuple[Array, Array, Any]:
-    """Scans over chunks of the sequence axis, so that each device holds its own rows of every chunk."""
+    """Scans over chunks of the sequence axis, so that each device holds its own rows of every chunk.
+
+    The head's gradient is kept apart for each part of the batch until the end: summed in the scan, it would cross the
+    network once for each chunk.
+    """
     batch, length, width = hidden.shape
-    weight = head.astype(hidden.dtype)
+    weight, parts = head.astype(hidden.dtype), layout.ways("batch")
 
     def split(x: Array) -> Array:  # [B, T, ...] -> [T/chunk, B, chunk, ...]
         return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
@@ -117,10 +134,11 @@ def _by_chunks(
         d_logits = jnp.where(counted[..., None], probability - one_hot, 0.0).astype(h.dtype)
         d_logits = d_logits.reshape(-1, d_logits.shape[-1])
         d_h = jnp.dot(d_logits, weight.T).reshape(h.shape)
-        d_head += jnp.dot(flat.T, d_logits, preferred_element_type=jnp.float32)
-        return (total, d_head), (nats, d_h)
+        by_part = flat.reshape(parts, -1, width), d_logits.reshape(parts, -1, d_logits.shape[-1])
+        d_head += jnp.einsum("pnd,pnv->pdv", *by_part, preferred_element_type=jnp.float32)
+        return (total, layout.constrain(d_head, "batch", "embed", "vocab")), (nats, d_h)
 
     zero = jnp.zeros((), jnp.float32)
-    d_head = jnp.zeros(head.shape, jnp.float32) if gradients else zero
+    d_head = jnp.zeros((parts, *head.shape), jnp.float32) if gradients else zero
     (total, d_head), (nats, d_hidden) = jax.lax.scan(step, (zero, d_head), (split(hidden), split(targets), split(mask)))
-    return total, merge(nats), (merge(d_hidden), d_head) if gradients else None
+    return total, merge(nats), (merge(d_hidden), d_head.sum(0)) if gradients else None

@@ -41,6 +41,9 @@ class TransformerConfig:
     remat: Literal["none", "dots", "full"] = "full"  # what a layer recomputes in the backward pass
 
     def __post_init__(self) -> None:
+        for field in ("vocab_size", "width", "depth", "heads", "kv_heads", "mlp", "head_dim", "max_positions"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model: {field}={getattr(self, field)} must be 1 or more.")
         if self.heads % self.kv_heads:
             raise UserError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: change one of them.")
         if self.head_dim % 2:
@@ -118,7 +121,8 @@ def layer(
 
 
 def embed(params: Params, tokens: Int[Array, "B T"], c: TransformerConfig, layout: Layout) -> Float[Array, "B T D"]:
-    return layout.constrain(params["embedding"].astype(c.dtype)[tokens], "batch", "sequence", "embed")
+    # Gathered before the cast: the gradient is then summed in float32. In bfloat16 a token's sum stops growing at 256.
+    return layout.constrain(params["embedding"][tokens].astype(c.dtype), "batch", "sequence", "embed")
 
 
 def forward(

@@ -86,6 +86,11 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def platform(self) -> str:
+        """What the devices are: cpu, gpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def rows(self) -> NamedSharding:
         """Of anything whose first axis is the batch."""
         return self.activation(("batch",))

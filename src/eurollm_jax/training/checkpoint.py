@@ -19,49 +19,45 @@ from eurollm_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.sha256"
+OF_ORBAX = "_CHECKPOINT_METADATA"  # times of the save; Orbax writes it again at the rename, and no restore reads it
 
 
 class Checkpoints:
     """The checkpoints of one run, a numbered folder each.
 
     A checkpoint holds `state`, a tree of arrays, and `progress`, a small JSON object. Opening verifies the newest one;
-    a damaged one is set aside with a line in the log, and the one before takes its place.
+    a damaged one is set aside with a line in the log, and the one before takes its place. Opened `read_only`, nothing
+    is touched, so that a run can be looked at while it trains.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
         self.folder = folder.absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._saving: int | None = None
-        _set_damaged_aside(self.folder)
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.latest = _newest_sound(self.folder, set_aside=not read_only)
+        """The step of the newest sound checkpoint, if there is one."""
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                max_to_keep=None if read_only else keep,
+                cleanup_tmp_directories=not read_only,
+                create=False,
+                async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False),
                 "progress": ocp.JsonCheckpointHandler(),
             },
         )
-        self._asynchronous = asynchronous
-
-    def latest(self) -> int | None:
-        """The step of the newest sound checkpoint."""
-        return self._manager.latest_step()
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
         """Copies the state and returns; the files follow. Raises here what went wrong with the save before."""
         self.wait()
-        self._saving = step
+        self.latest = step
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(dict(progress))),
         )
-        if not self._asynchronous:
-            self.wait()
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The newest sound checkpoint, in the shapes, types and shardings of `abstract`."""
@@ -89,13 +85,13 @@ class Checkpoints:
         self._manager.close()
 
     def _newest(self) -> int:
-        if (step := self.latest()) is None:
-            raise UserError(f"{self.folder} holds no checkpoint: train the run first.")
-        return step
+        if self.latest is None:
+            raise UserError(f"{self.folder} holds no sound checkpoint: train the run first.")
+        return self.latest
 
     def _seal(self) -> None:
         """Called by Orbax in its saving thread."""
-        (unfinished,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        (unfinished,) = self.folder.glob(f"{self.latest}.orbax-checkpoint-tmp*")
         (unfinished / MANIFEST).write_text(
             "".join(f"{digest}  {name}\n" for name, digest in _hashes(unfinished).items())
         )
@@ -122,22 +118,21 @@ def faults(checkpoint: Path) -> list[str]:
 def _hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path.name not in (MANIFEST, OF_ORBAX):
             with path.open("rb") as file:
                 hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
-def _set_damaged_aside(folder: Path) -> None:
-    """Renames damaged checkpoints, newest first, until one is sound."""
-    for step in sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True):
-        if not (problems := faults(folder / str(step))):
-            return
-        aside = folder / f"{step}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
-        (folder / str(step)).rename(aside)
-        log.error(
-            "checkpoint %s is damaged (%s): set aside as %s; the one before it takes its place",
-            folder / str(step),
-            "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""),
-            aside.name,
-        )
+def _newest_sound(folder: Path, *, set_aside: bool) -> int | None:
+    """The newest checkpoint that is as it was written; damaged ones before it are renamed, if so asked."""
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    for step in sorted(steps, reverse=True):
+        path = folder / str(step)
+        if not (problems := faults(path)):
+            return step
+        named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        log.error("checkpoint %s is damaged (%s): the one before it takes its place", path, named)
+        if set_aside:
+            path.rename(folder / f"{step}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+    return None

@@ -6,22 +6,23 @@ if it had not been.
 
 import dataclasses
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from eurollm_jax.corpus.folders import write_json
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.tokenizer import Tokenizer
 from eurollm_jax.data.loader import Data, open_data
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import HeldOut, Measure, build_measure, evaluation, measure_heldout
 from eurollm_jax.evaluation.samples import sample
-from eurollm_jax.experiment import Experiment, claim_run, write_json
+from eurollm_jax.experiment import Experiment, claim_run, environment, locked
 from eurollm_jax.model.param import Params, Specs, count, flatten
 from eurollm_jax.model.transformer import specs
+from eurollm_jax.parallel.cpu import keep_freed_memory
 from eurollm_jax.parallel.mesh import Layout
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.metrics import Clock, MetricsWriter
@@ -83,6 +84,8 @@ def train(experiment: Experiment, docstring: str) -> Path:
     """Trains to the experiment's last step, going on from where its run directory stands; returns that directory."""
     inputs = open_inputs(experiment)
     layout = Layout(experiment.mesh.build())
+    if layout.platform == "cpu":
+        keep_freed_memory()
     weights = specs(experiment.model)
     program = build_program(
         experiment.model,
@@ -101,15 +104,19 @@ def train(experiment: Experiment, docstring: str) -> Path:
     facts = {
         "parameters": (parameters := count(weights)),
         "parameters_non_embedding": parameters - _embedding_parameters(weights),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     run = claim_run(experiment, docstring, hashes, facts)
     write_json(run / "plan.json", plan(experiment, inputs.data))
-    (run / "tokenizer").mkdir(exist_ok=True)
-    shutil.copyfile(inputs.tokenizer.model_path, run / "tokenizer" / inputs.tokenizer.model_path.name)
+    _keep_tokenizer(inputs.tokenizer, run / "tokenizer")
+    with locked(run):
+        _go_on(experiment, inputs, layout, program, run)
+    return run
 
+
+def _go_on(experiment: Experiment, inputs: Inputs, layout: Layout, program: Program, run: Path) -> None:
+    """Restores or begins, trains what is left, and evaluates."""
     checkpoints = Checkpoints(run / "checkpoints", keep=experiment.keep_checkpoints)
-    resume_at = checkpoints.latest()
+    resume_at = checkpoints.latest
     if resume_at is None:
         state = program.init(jax.random.key(experiment.seed))
         progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(inputs.data.source_names)}
@@ -120,15 +127,16 @@ def train(experiment: Experiment, docstring: str) -> Path:
     if resume_at == experiment.steps:
         log.info("%s is complete: all %d steps are trained", run, experiment.steps)
     else:
+        for outdated in ("evaluation.json", "samples.json", "report.html"):
+            (run / outdated).unlink(missing_ok=True)
         with (
-            MetricsWriter(run, resume_at=resume_at) as writer,
+            MetricsWriter(run, resume_at=resume_at or 0, facts=environment()) as writer,
             Progress(experiment.name, experiment.steps, resume_at or 0) as bar,
         ):
             recorder = Recorder(experiment, inputs.data, writer, bar, Clock(progress["seconds"]), progress["tokens"])
             state = _loop(experiment, inputs, layout, program, state, progress["row"], measure, checkpoints, recorder)
     checkpoints.close()
     _conclude(experiment, inputs, layout, measure, state.params, run)
-    return run
 
 
 def _loop(
@@ -161,8 +169,11 @@ def _loop(
         if saving:
             recorder.train(step, interval)
             interval = []
+        evaluating = last or step % experiment.evaluate_every == 0
+        if evaluating or saving:
+            jax.block_until_ready(metrics)
         with recorder.clock.stopped():
-            if last or step % experiment.evaluate_every == 0:
+            if evaluating:
                 sums = measure_heldout(measure, state.params, inputs.heldout, layout, experiment.evaluate_rows)
                 recorder.heldout(step, inputs.heldout.names, sums)
             if saving:
@@ -180,6 +191,14 @@ def _conclude(
     if not (run / "samples.json").exists():
         sources = list(inputs.heldout.store.sources.values())
         write_json(run / "samples.json", sample(params, experiment.model, layout, inputs.tokenizer, sources))
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """A copy in the run, so that its model can be used when the original has moved."""
+    folder.mkdir(exist_ok=True)
+    partial = folder / ".partial"
+    partial.write_bytes(tokenizer.model)
+    partial.replace(folder / tokenizer.model_path.name)
 
 
 def _embedding_parameters(weights: Specs) -> int:

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 
 # Dense bf16 FLOP/s of one device as its maker states it; an MI250X shows each of its two dies as a device.
-PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "MI250X": 191.5e12, "MI300X": 1307e12}
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "MI250X": 191.5e12,
+    "MI300X": 1307e12,
+    "MI300A": 981e12,
+}
 
 
 def peak_flops(dtype: str) -> float:
@@ -22,8 +30,9 @@ def peak_flops(dtype: str) -> float:
     return len(devices) * stated[0] if stated and dtype == "bfloat16" else _measured_flops(dtype)
 
 
-def _measured_flops(dtype: str, size: int = 1024, seconds: float = 0.3) -> float:
+def _measured_flops(dtype: str, seconds: float = 0.3) -> float:
     """The best of several products of square matrices on one device, which on a CPU uses all cores."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     product(x, x).block_until_ready()
@@ -68,13 +77,14 @@ class Clock:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard files; a resumed run first drops what its checkpoint does not know."""
+    """Appends to `metrics.jsonl` and TensorBoard files, after dropping what lies beyond where a run resumes."""
 
-    def __init__(self, run: Path, *, resume_at: int | None) -> None:
+    def __init__(self, run: Path, *, resume_at: int, facts: Mapping[str, Any]) -> None:
         self._path = run / "metrics.jsonl"
-        if resume_at is not None and self._path.exists():
+        if self._path.exists():
             self._drop_after(resume_at)
-            self.write({"kind": "restart", "step": resume_at, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            self.write({"kind": "restart", "step": resume_at, "time": now, **facts})
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
 
     def __enter__(self) -> Self:

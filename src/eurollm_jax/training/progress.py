@@ -39,10 +39,9 @@ class Progress:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """One record of kind "train"."""
-        share = f"  {record['peak_share']:.0%} of peak" if record["peak_share"] is not None else ""
         figures = (
             f"loss {record['loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte  "
-            f"{record['tokens_per_second']:,.0f} tokens/s{share}"
+            f"{record['tokens_per_second']:,.0f} tokens/s  {record['peak_share']:.0%} of peak"
         )
         self._bar.update(self._task, completed=record["step"], figures=figures)
         last = record["step"] == self._steps

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from eurollm_jax.data.loader import Data
+from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import bits_per_byte
 from eurollm_jax.experiment import Experiment
 from eurollm_jax.model.loss import SourceSums
@@ -64,6 +65,11 @@ class Recorder:
                 for name, rows, read, lost, size in per_source
             },
         }
+        if not np.isfinite(figures["loss"]) or not np.isfinite(figures["grad_norm"]):
+            raise UserError(
+                f"the loss is {figures['loss']} and the gradient's norm {figures['grad_norm']} at step {step}: "
+                "lower the learning rate or change the seed; the checkpoints before this step are kept."
+            )
         self._writer.write(record)
         self._writer.curves(step, figures)
         self._bar.show(record)

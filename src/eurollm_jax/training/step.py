@@ -120,11 +120,12 @@ def build_program(
 
 
 def _like_params(optimizer_state: Any, of_params: Any, layout: Layout) -> Any:
-    """Shardings of an optimizer's state: what it keeps under a weight's path lives where the weight does."""
+    """Shardings of an optimizer's state: what it keeps at the end of a weight's path lives where the weight does."""
     of_path = flatten(of_params)
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        keys = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return of_path[keys] if leaf.ndim and keys in of_path else layout.replicated
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        suffixes = ("/".join(keys[start:]) for start in range(len(keys)))
+        return next((of_path[suffix] for suffix in suffixes if leaf.ndim and suffix in of_path), layout.replicated)
 
     return jax.tree_util.tree_map_with_path(sharding, optimizer_state)

@@ -1,0 +1,7 @@
+"""`python -m eurollm_jax` is `eurollm`."""
+
+import sys
+
+from eurollm_jax.cli import main
+
+sys.exit(main())

@@ -25,9 +25,8 @@ quickstart: .venv/.ready
 	$(EUROLLM) train experiments/quickstart.py
 	$(EUROLLM) export runs/quickstart runs/quickstart/export --overwrite
 	$(EUROLLM) report runs/quickstart
-	@echo "Open     runs/quickstart/report.html"
-	@echo "Try      .venv/bin/eurollm generate runs/quickstart --prompt \"Die Europäische Union\""
-	@echo "Change   the mixture in experiments/quickstart.py (give it another name), and train again: the order within each language stays"
+	@echo "Try .venv/bin/eurollm generate runs/quickstart --prompt \"Die Europäische Union\""
+	@echo "Then change the mixture in experiments/quickstart.py, give it another name, and train it: .venv/bin/eurollm train FILE"
 
 test: .venv/.ready-to-test
 	$(BIN)/python -m pytest -m "not slow" -n 2

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eurollm: {error.filename} cannot be used ({error.strerror}): give another path.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("eurollm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("eurollm: stopped; the same command goes on with what was done", file=sys.stderr)
         return 130
 
 

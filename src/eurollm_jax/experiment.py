@@ -160,11 +160,14 @@ def read_record(run: Path) -> dict[str, Any]:
     """experiment.json of a run directory."""
     path = run / "experiment.json"
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{run} is not a run directory (no experiment.json): train an experiment first.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}): restore it from a backup.") from None
+    if not isinstance(record, dict) or not {"identity", "experiment"} <= record.keys():
+        raise UserError(f"{path} was written by something else: choose another run directory.")
+    return record
 
 
 def recorded_model(record: Mapping[str, Any]) -> TransformerConfig:

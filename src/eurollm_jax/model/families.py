@@ -32,7 +32,7 @@ EUROLLM_9B = TransformerConfig(
     tied=False,
 )
 
-# Ours, for the quick start: a few million tokens of 44 languages are too little for more weights or a larger vocabulary.
+# Ours, for the quick start: a few million tokens are too little for more weights or a larger vocabulary.
 NANO = TransformerConfig(
     vocab_size=2048,
     width=192,

@@ -20,7 +20,7 @@ from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import HeldOut, Measure, build_measure, evaluation, measure_heldout
 from eurollm_jax.evaluation.samples import sample
 from eurollm_jax.experiment import Experiment, claim_run, environment, locked
-from eurollm_jax.model.param import Params, Specs, count, flatten
+from eurollm_jax.model.param import Params, count, flatten
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.cpu import keep_freed_memory
 from eurollm_jax.parallel.mesh import Layout
@@ -101,10 +101,8 @@ def train(experiment: Experiment, docstring: str) -> Path:
         "store": inputs.data.store.fingerprint,
         "heldout": inputs.heldout.store.fingerprint,
     }
-    facts = {
-        "parameters": (parameters := count(weights)),
-        "parameters_non_embedding": parameters - _embedding_parameters(weights),
-    }
+    embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
+    facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
     run = claim_run(experiment, docstring, hashes, facts)
     write_json(run / "plan.json", plan(experiment, inputs.data))
     _keep_tokenizer(inputs.tokenizer, run / "tokenizer")
@@ -199,7 +197,3 @@ def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     partial = folder / ".partial"
     partial.write_bytes(tokenizer.model)
     partial.replace(folder / tokenizer.model_path.name)
-
-
-def _embedding_parameters(weights: Specs) -> int:
-    return sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import subprocess
@@ -136,8 +137,9 @@ def claim_run(experiment: Experiment, docstring: str, inputs: Mapping[str, str],
 
 def environment() -> dict[str, Any]:
     """What computes: recorded when a run begins and whenever it goes on."""
+    cores = f" of {os.cpu_count()} cores" if jax.default_backend() == "cpu" else ""
     return {
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}{cores}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
         "code": _commit(),
     }

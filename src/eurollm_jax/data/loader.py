@@ -4,12 +4,10 @@ A batch is a pure function of the first row's number, the global batch size and 
 resume, on any number of hosts and with any batch size, is one integer: the next row.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from eurollm_jax.data.schedule import Schedule
 from eurollm_jax.errors import UserError
 
 ORDER_RULE = "Huffman splits, 8 Feistel rounds over splitmix64, batches sorted by splitmix64"
-"""Part of the fingerprint: change it whenever the same mixture, seed and store would give another order."""
+"""Part of `Data.describe`: change it whenever the same mixture, seed and store would give another order."""
 
 _BLOCK = 4096  # rows that are located at once: numpy's overhead per call is then shared by many rows
 
@@ -81,11 +79,6 @@ class Data:
             "packing": "concat",
             "order": ORDER_RULE,
         }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of `describe()`."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     def require_same(self, saved: Mapping[str, Any]) -> None:
         """UserError that names the differences if `saved`, a checkpoint's `describe()`, is not of the same data."""

@@ -8,10 +8,8 @@ of the shares has bits, and weights grow at least like the Fibonacci numbers on 
 row of each rounding adds up to less than `DEVIATION` rows however many sources there are.
 """
 
-import hashlib
 import heapq
 import itertools
-import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,11 +63,6 @@ class Schedule:
             ],
             "share_sum": SHARE_SUM,
         }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of `describe()`."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def scheduled(self) -> tuple[int, ...]:

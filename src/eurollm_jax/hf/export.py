@@ -118,6 +118,7 @@ def _write_weights(
                 index[tensor.name] = name
                 progress.advance(task, tensor.size * dtype.itemsize)
             save_file(content, folder / name, metadata={"format": "pt"})  # transformers refuses a file without it
+            (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
     if len(shards) > 1:
         metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
         write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": index})

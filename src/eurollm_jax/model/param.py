@@ -83,14 +83,14 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) 
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def init(specs: Specs, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Params:
-    """Initial values. A weight's key follows from its path, so adding one never changes the others."""
+def init(specs: Specs, key: PRNGKeyArray) -> Params:
+    """Initial values, in float32. A weight's key follows from its path, so adding one never changes the others."""
 
     def value(path: str, spec: Param) -> Array:
         if not spec.fan_in:
-            return jnp.ones(spec.shape, dtype)
+            return jnp.ones(spec.shape, jnp.float32)
         path_key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
-        return (spec.std * jax.random.normal(path_key, spec.shape, jnp.float32)).astype(dtype)
+        return spec.std * jax.random.normal(path_key, spec.shape, jnp.float32)
 
     return map_with_path(value, specs)
 

@@ -193,7 +193,6 @@ def test_fields_of_an_experiment_are_options(made):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_and_its_proof(made, tmp_path, dtype):
-    pytest.importorskip("torch"), pytest.importorskip("transformers")
     said = call("export", made.run, tmp_path / "export", "--dtype", dtype, "--verify")
     assert said.status == 0, said
     assert said.out.startswith(f"{tmp_path / 'export'}: written\n")
@@ -203,7 +202,9 @@ def test_export_and_its_proof(made, tmp_path, dtype):
 
 
 def test_generate_writes_what_transformers_writes(made, tokenizer, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     assert call("export", made.run, tmp_path / "export", "--dtype", "float32").status == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", local_files_only=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export", local_files_only=True)

@@ -73,7 +73,9 @@ def exported(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_transformers_computes_the_same_logits(config, tokenizer, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     params = random_params(config)
     export(params, config, tokenizer, tmp_path / "export", dtype="float32")
 
@@ -296,7 +298,6 @@ def test_damaged_folders_are_refused_by_name(damage, message, exported):
 
 
 def test_verify_passes_a_good_export_and_prints_a_table(exported, tokenizer, monkeypatch):
-    pytest.importorskip("torch")
     folder, params = exported
 
     def refuse(*_):
@@ -329,7 +330,6 @@ RESHASH = "sha256sum $(ls | grep -v SHA256SUMS) > SHA256SUMS"
     ],
 )
 def test_verify_fails_an_export_that_was_altered(damage, expected, exported, tokenizer):
-    pytest.importorskip("torch")
     folder, params = exported
     damage(folder)
     assert "files agree with SHA256SUMS" in failed(verify(folder, params, AWKWARD, tokenizer, texts=TEXTS))
@@ -345,7 +345,6 @@ def test_verify_of_no_folder_says_so(tokenizer, tmp_path):
 
 
 def test_verify_fails_other_weights(exported, tokenizer):
-    pytest.importorskip("torch")
     folder, params = exported
     params["layers"]["down"] = params["layers"]["down"] * 1.01
     assert failed(verify(folder, params, AWKWARD, tokenizer, texts=TEXTS)) == ["weights read back"]

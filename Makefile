@@ -8,7 +8,7 @@ UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint 
 STARTER := data/starter
 
 help:
-	@echo "make quickstart  fetch a corpus in 44 languages, train, evaluate and export a small model, write a report (15 minutes, 2 cores)"
+	@echo "make quickstart  fetch a corpus in 44 languages, train, evaluate and export a small model, write a report (10 to 15 minutes on 2 cores)"
 	@echo "make test        all fast tests, the comparison with Hugging Face transformers among them"
 	@echo "make test-all    the slow ones too"
 	@echo "make lint        ruff and mypy"

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"eurollm: {error.filename} cannot be used ({error.strerror}): give another path.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("eurollm: stopped; the same command goes on with what was done", file=sys.stderr)
@@ -235,8 +239,10 @@ def _report(arguments: argparse.Namespace) -> None:
     from eurollm_jax.evaluation.report import final_table, write_report
 
     path = write_report(arguments.run)
-    if (arguments.run / "evaluation.json").is_file():  # else the report says what is missing
+    if (arguments.run / "evaluation.json").is_file():
         Console().print(final_table(arguments.run))
+    else:
+        print(f"{arguments.run} is not evaluated yet; `eurollm train` goes on with it and then evaluates it.")
     print(f"Open {path} in a browser.")
 
 

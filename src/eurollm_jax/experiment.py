@@ -180,6 +180,8 @@ def recorded_model(record: Mapping[str, Any]) -> TransformerConfig:
 
 def load_experiment(path: Path) -> tuple[Experiment, str]:
     """The `EXPERIMENT` of a Python file, and the file's docstring, which states its question."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the file of an experiment, such as experiments/quickstart.py.")
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of an experiment, such as experiments/quickstart.py.")
     root = str(path.resolve().parent.parent)

@@ -160,15 +160,13 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("language")
     for heading in ("train docs", "train kB", "held-out docs", "held-out kB"):
         table.add_column(heading, justify="right")
-    table.add_column("sources (kB)")
     totals = [0, 0, 0, 0]
     for code, row in summary["languages"].items():
         numbers = [row[part][unit] for part in ("train", "heldout") for unit in ("documents", "bytes")]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        sources = ", ".join(f"{name.split()[0]} {size / 1e3:.0f}" for name, size in row["sources"].items())
-        table.add_row(f"{code} {row['name']}", *_cells(numbers), sources)
+        table.add_row(f"{code} {row['name']}", *_cells(numbers))
     table.add_section()
-    table.add_row(f"{len(summary['languages'])} languages", *_cells(totals), "")
+    table.add_row(f"{len(summary['languages'])} languages", *_cells(totals))
     return table
 
 

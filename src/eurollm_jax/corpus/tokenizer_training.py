@@ -198,7 +198,7 @@ def _train(sample: Mapping[str, list[str]], vocab_size: int, alphabet: str, spec
         if limit := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
             raise UserError(
                 f"vocab_size {vocab_size} is too large for the sample of this text: ask for {limit[1]} or fewer, "
-                "or raise sample_bytes"
+                "or give more text"
             ) from None
         raise
     return model.getvalue()

@@ -65,7 +65,7 @@ def export(
     earlier = out.is_dir() and any(out.iterdir())
     if earlier and not (overwrite and is_export(out)):
         raise UserError(
-            f"{out} holds an export already: choose another folder, or ask to overwrite it."
+            f"{out} holds an export already: choose another folder, or overwrite it (--overwrite)."
             if is_export(out)
             else f"{out} holds files that no export of ours wrote, and stays as it is: choose another folder."
         )

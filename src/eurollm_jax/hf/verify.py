@@ -112,7 +112,7 @@ def require_libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise UserError(
             f"the export cannot be verified, since torch and transformers do not import ({error}): "
-            f"install them with: pip install 'eurollm_jax[verify]'"
+            "install the extra `verify`, in a clone: .venv/bin/uv pip install -c constraints.txt -e '.[verify]'"
         ) from None
     return torch, transformers
 

@@ -19,7 +19,10 @@ class WSD:
     def build(self, steps: int) -> optax.Schedule:
         decay = round(self.decay * steps)
         if self.warmup + decay > steps:
-            raise UserError(f"schedule: {self.warmup} steps of warm-up and {decay} of decay exceed the run's {steps}.")
+            raise UserError(
+                f"schedule: {self.warmup} steps of warm-up and {decay} of decay exceed the run's {steps}: "
+                "lower schedule.warmup or schedule.decay, or train for more steps."
+            )
         return optax.join_schedules(
             [
                 optax.linear_schedule(0.0, self.peak, self.warmup),
@@ -40,5 +43,7 @@ class Cosine:
 
     def build(self, steps: int) -> optax.Schedule:
         if self.warmup >= steps:
-            raise UserError(f"schedule: {self.warmup} steps of warm-up leave nothing of the run's {steps}.")
+            raise UserError(
+                f"schedule: {self.warmup} steps of warm-up leave nothing of the run's {steps}: lower schedule.warmup."
+            )
         return optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup, steps, self.final * self.peak)

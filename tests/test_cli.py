@@ -488,7 +488,7 @@ def test_export_never_replaces_what_it_did_not_write(made, corpus_dir, tmp_path)
         assert "de.jsonl is there already; choose another folder" in said
     assert call("export", made.run, tmp_path / "export").status == 0
     said = refusal(tmp_path, "export", made.run, tmp_path / "export", "--dtype", "float32")
-    assert "export holds an export already: choose another folder, or ask to overwrite it" in said
+    assert "export holds an export already: choose another folder, or overwrite it (--overwrite)" in said
     assert call("export", made.run, tmp_path / "export", "--dtype", "float32", "--overwrite").status == 0
     assert json.loads((tmp_path / "export/config.json").read_text())["dtype"] == "float32"
 

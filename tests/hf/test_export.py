@@ -353,5 +353,5 @@ def test_verify_fails_other_weights(exported, tokenizer):
 def test_verify_without_torch_says_what_to_install(exported, tokenizer, monkeypatch):
     folder, params = exported
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pip install 'eurollm_jax\[verify\]'"):
+    with pytest.raises(UserError, match=r"uv pip install -c constraints.txt -e '\.\[verify\]'"):
         verify(folder, params, AWKWARD, tokenizer, texts=TEXTS)

@@ -111,7 +111,6 @@ def test_load_gives_back_what_was_exported_rounded_to_its_dtype(dtype, max_shard
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 def test_weights_on_eight_devices_are_exported_as_from_one(tokenizer, tmp_path):
     config = replace(AWKWARD, heads=6, kv_heads=2)
     params = random_params(config)

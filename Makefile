@@ -57,5 +57,5 @@ clean:
 	@touch $@
 
 .venv/.ready-to-test: .venv/bin/uv pyproject.toml constraints.txt
-	$(UV_INSTALL) --editable '.[dev,verify]'
+	$(UV_INSTALL) --editable '.[dev,verify,datatrove]'
 	@touch $@ .venv/.ready

@@ -107,7 +107,7 @@ def test_a_killed_run_leaves_no_store_and_the_next_one_is_whole(tokenizer, tmp_p
         "from eurollm_jax.corpus.tokenizer import Tokenizer;"
         "prepare(Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]))"
     )
-    out, partial = tmp_path / "out", tmp_path / ".out.partial" / "mt" / "tokens.bin"
+    out, partial = tmp_path / "out", tmp_path / ".out.partial" / "mt" / "tokens-00000.bin"
     arguments = [sys.executable, "-c", script, tmp_path / "in", tokenizer.model_path, out]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
     while not (partial.is_file() and partial.stat().st_size) and process.poll() is None:

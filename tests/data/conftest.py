@@ -22,6 +22,18 @@ class MemorySource:
     def bytes(self):
         return 3 * len(self.stream)
 
+    @property
+    def dtype(self):
+        return self.stream.dtype
+
+    def read(self, start, stop):
+        assert 0 <= start <= stop <= len(self.stream)
+        return self.stream[start:stop]
+
+    def read_into(self, out, places, starts, lengths):
+        for place, start, length in zip(places.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+            out[place : place + length] = self.read(start, start + length)
+
 
 @dataclass
 class MemoryStore:

@@ -159,7 +159,7 @@ def test_a_real_store_is_read_as_its_documents_were_written(store):
                 (span,) = (span for span in packing.documents(row) if span.document == document)
                 text += batch.tokens[0, span.place : span.place + span.tokens].tolist()
             start, end = source.offsets[document : document + 2].tolist()
-            assert text == source.stream[start:end].tolist()
+            assert text == source.read(start, end).tolist()
     planned = {p.name: p.rows for p in data.plan(1000)}
     read = np.bincount(joined(data.batch(first, 50) for first in range(0, 1000, 50)).source)
     assert planned == dict(zip(data.source_names, read.tolist(), strict=True))

@@ -73,7 +73,15 @@ def _add(
             "train another tokenizer, or remove the document"
         )
     tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
-    writer.add(document.language, document, tokens, len(text), hashlib.sha256(text).digest())
+    writer.add(
+        document.language,
+        document,
+        tokens,
+        byte_length=len(text),
+        characters=len(document.text),
+        fallback=int(tokenizer.is_byte[ids].sum()),
+        sha256=hashlib.sha256(text).digest(),
+    )
     return len(text)
 
 

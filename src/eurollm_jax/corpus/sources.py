@@ -8,9 +8,9 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it comes from. `language` is a code of `languages.LANGUAGES`; `licence` an SPDX expression."""
+    """One text and where it comes from. `language` is a code of `languages.LANGUAGES`; `licence` an SPDX expression;
+    `collected` the date at which it was fetched, as its corpus writes it; `metadata` whatever else its corpus says."""
 
     text: str
     id: str
@@ -37,6 +38,8 @@ class Document:
     source: str
     licence: str
     url: str = ""
+    collected: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def corpus_files(path: Path) -> list[Path]:

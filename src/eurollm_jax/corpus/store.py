@@ -19,7 +19,7 @@ from eurollm_jax.corpus.folders import file_sha256, read_json
 from eurollm_jax.errors import UserError
 
 FORMAT = "eurollm token store"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 _COMPARED_AT_ONCE = 1 << 16
@@ -34,6 +34,7 @@ class StoredDocument:
     origin: str  # the `source` of the Document it came from
     licence: str
     url: str
+    collected: str
 
 
 class Source:
@@ -42,28 +43,59 @@ class Source:
     Files are mapped when first used; picklable, and mapped again after unpickling.
     """
 
-    def __init__(self, folder: Path, name: str, entry: Mapping[str, Any], dtype: str) -> None:
+    def __init__(self, folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         self.name = name
-        self._folder, self._entry, self._dtype = folder, entry, dtype
+        self._folder, self._entry = folder, entry
         self.language: str = entry["language"]
         self.documents: int = entry["documents"]
         self.tokens: int = entry["tokens"]
         self.bytes: int = entry["bytes"]
+        self.characters: int = entry["characters"]
+        self.fallback: int = entry["fallback"]
+        self.dtype = np.dtype(entry["dtype"])
 
-    def __reduce__(self) -> tuple[type["Source"], tuple[Path, str, Mapping[str, Any], str]]:
-        return Source, (self._folder, self.name, self._entry, self._dtype)
+    def __reduce__(self) -> tuple[type["Source"], tuple[Path, str, Mapping[str, Any]]]:
+        return Source, (self._folder, self.name, self._entry)
 
     def __repr__(self) -> str:
         return f"Source({self.name!r}, documents={self.documents}, tokens={self.tokens}, bytes={self.bytes})"
 
     @cached_property
-    def stream(self) -> Shaped[np.ndarray, " tokens"]:
-        """All tokens in order, uint16 or uint32."""
-        return np.memmap(self._folder / "tokens.bin", self._dtype, mode="r")
+    def _shards(self) -> tuple[list[np.memmap], np.ndarray]:
+        """Each shard's tokens, and where in the stream each begins, and the last ends."""
+        shards = [np.memmap(self._folder / shard["file"], self.dtype, mode="r") for shard in self._entry["shards"]]
+        return shards, np.cumsum([0, *(shard["tokens"] for shard in self._entry["shards"])])
+
+    def read(self, start: int, stop: int) -> Shaped[np.ndarray, " tokens"]:
+        """Tokens `start` to `stop` of the stream: all documents one after the other."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of source {self.name}, which has {self.tokens}")
+        shards, begins = self._shards
+        first = int(np.searchsorted(begins, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            end = min(stop, int(begins[first + 1]))
+            parts.append(shards[first][start - begins[first] : end - begins[first]])
+            start, first = end, first + 1
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def read_into(
+        self,
+        out: Shaped[np.ndarray, " room"],
+        places: Int64[np.ndarray, " n"],
+        starts: Int64[np.ndarray, " n"],
+        lengths: Int64[np.ndarray, " n"],
+    ) -> None:
+        """For each i, `out[places[i] : places[i] + lengths[i]]` becomes the stream from `starts[i]` on.
+
+        `out` is of this source's dtype and contiguous.
+        """
+        for place, start, length in zip(places.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+            out[place : place + length] = self.read(start, start + length)
 
     @cached_property
     def offsets(self) -> Int64[np.ndarray, " documents+1"]:
-        """Where each document's bos is in `stream`; the last entry is `tokens`."""
+        """Where in the stream each document begins; the last entry is `tokens`."""
         return self._load("offsets")
 
     @cached_property
@@ -107,11 +139,12 @@ class Source:
             origin=origin["origin"],
             licence=origin["licence"],
             url=self._string("urls", index),
+            collected=self._string("collected", index),
         )
 
     def document_tokens(self, index: int) -> Shaped[np.ndarray, " tokens"]:
         """`[bos, *ids, eos]` of document `index`."""
-        return self.stream[self.offsets[index] : self.offsets[index + 1]]
+        return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def find(self, document_id: str) -> Int64[np.ndarray, " found"]:
         """Indices of the documents with this id; none when it is not here."""
@@ -155,7 +188,7 @@ class TokenStore:
         self.path = path
         self.manifest = manifest
         entries = sorted(manifest["sources"].items())
-        self.sources = {name: Source(path / name, name, entry, manifest["dtype"]) for name, entry in entries}
+        self.sources = {name: Source(path / name, name, entry) for name, entry in entries}
 
     @classmethod
     def open(cls, path: Path) -> "TokenStore":

@@ -11,6 +11,10 @@ from eurollm_jax.corpus.folders import file_sha256, write_json
 from eurollm_jax.corpus.sources import Document
 from eurollm_jax.corpus.store import FORMAT, MANIFEST_NAME, VERSION
 
+SHARD_TOKENS = 1 << 32
+"""A source's tokens are cut, between documents, into files of about this many: parallel file systems dislike many small
+files, and a damaged or lost one should not be the whole source."""
+
 _BUFFERED_TOKENS = 1 << 20
 
 
@@ -20,25 +24,39 @@ class StoreWriter:
     Token ids are little-endian uint16 where the vocabulary allows it, else uint32.
     """
 
-    def __init__(self, folder: Path, *, tokenizer_sha256: str, vocab_size: int) -> None:
+    def __init__(
+        self, folder: Path, *, tokenizer_sha256: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS
+    ) -> None:
         self._folder = folder
         self._tokenizer = {"sha256": tokenizer_sha256, "vocab_size": vocab_size}
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._shard_tokens = shard_tokens
         self._sources: dict[str, _SourceWriter] = {}
 
     def add(
-        self, source: str, document: Document, tokens: Integer[np.ndarray, " tokens"], byte_length: int, sha256: bytes
+        self,
+        source: str,
+        document: Document,
+        tokens: Integer[np.ndarray, " tokens"],
+        *,
+        byte_length: int,
+        characters: int,
+        fallback: int,
+        sha256: bytes,
     ) -> None:
         """Append a document to `source`.
 
-        `tokens` are the whole of it, `[bos, *ids, eos]`; `byte_length` and `sha256` are those of its UTF-8 text.
+        `tokens` are the whole of it, `[bos, *ids, eos]`; `byte_length`, `characters` and `sha256` are those of its
+        text in UTF-8; `fallback` is how many tokens stand for one byte because no piece covers the character.
         """
         vocab_size = self._tokenizer["vocab_size"]
         if not 0 <= tokens.min() <= tokens.max() < vocab_size:
             raise ValueError(f"token ids of document {document.id} are outside the vocabulary of {vocab_size}")
         if source not in self._sources:
-            self._sources[source] = _SourceWriter(self._folder / source, document.language, self._dtype)
-        self._sources[source].add(document, tokens, byte_length, sha256)
+            self._sources[source] = _SourceWriter(
+                self._folder / source, document.language, self._dtype, self._shard_tokens
+            )
+        self._sources[source].add(document, tokens, byte_length, characters, fallback, sha256)
 
     def close(self) -> None:
         """Write what is buffered, and the manifest."""
@@ -46,33 +64,46 @@ class StoreWriter:
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": self._tokenizer,
-            "dtype": self._dtype.name,
             "sources": {name: source.close() for name, source in sorted(self._sources.items())},
         }
         write_json(self._folder / MANIFEST_NAME, manifest)
 
 
+_TEXTS = ("ids", "urls", "collected")  # columns of strings: where each ends in the .npy file, their bytes in the .bin
+
+
 class _SourceWriter:
-    def __init__(self, folder: Path, language: str, dtype: np.dtype) -> None:
-        folder.mkdir()
-        self._folder, self._language, self._dtype = folder, language, dtype
+    def __init__(self, folder: Path, language: str, dtype: np.dtype, shard_tokens: int) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._language, self._dtype, self._shard_tokens = folder, language, dtype, shard_tokens
         self._columns = {
             "offsets": _Column(folder / "offsets.npy", np.dtype("<i8"), (), [0]),
             "bytes": _Column(folder / "bytes.npy", np.dtype("<i8"), (), []),
             "sha256": _Column(folder / "sha256.npy", np.dtype("u1"), (32,), []),
             "origins": _Column(folder / "origins.npy", np.dtype("<u4"), (), []),
             "ids": _Column(folder / "ids.npy", np.dtype("<i8"), (), [0]),
-            "urls": _Column(folder / "urls.npy", np.dtype("<i8"), (), [0]),
+            **{name: _Column(folder / f"{name}.npy", np.dtype("<i8"), (), [0]) for name in _TEXTS},
         }
         self._pending_tokens: list[np.ndarray] = []
-        self._pending_text: dict[str, list[bytes]] = {"ids": [], "urls": []}
-        self._written = {"tokens": 0, "ids": 0, "urls": 0}  # so far, the pending ones included
-        self._flushed_tokens = 0
+        self._pending_text: dict[str, list[bytes]] = {name: [] for name in _TEXTS}
+        self._written = dict.fromkeys(("tokens", *_TEXTS), 0)  # so far, the pending ones included
+        self._flushed_tokens = self._characters = self._fallback = 0
+        self._shards: list[dict[str, Any]] = []
         self._origins: dict[tuple[str, str], dict[str, Any]] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         self._flush()
 
-    def add(self, document: Document, tokens: np.ndarray, byte_length: int, sha256: bytes) -> None:
+    def add(
+        self,
+        document: Document,
+        tokens: np.ndarray,
+        byte_length: int,
+        characters: int,
+        fallback: int,
+        sha256: bytes,
+    ) -> None:
+        self._characters += characters
+        self._fallback += fallback
         key = (document.source, document.licence)
         number = self._numbers.setdefault(key, len(self._numbers))
         origin = self._origins.setdefault(
@@ -87,11 +118,11 @@ class _SourceWriter:
         self._columns["bytes"].pending.append(byte_length)
         self._columns["sha256"].pending.append(np.frombuffer(sha256, np.uint8))
         self._columns["origins"].pending.append(number)
-        for name, text in (("ids", document.id), ("urls", document.url)):
+        for name, text in zip(_TEXTS, (document.id, document.url, document.collected), strict=True):
             self._pending_text[name].append(text.encode())
             self._written[name] += len(self._pending_text[name][-1])
             self._columns[name].pending.append(self._written[name])
-        if self._written["tokens"] - self._flushed_tokens >= _BUFFERED_TOKENS:
+        if self._written["tokens"] - self._flushed_tokens >= min(_BUFFERED_TOKENS, self._shard_tokens):
             self._flush()
 
     def close(self) -> Mapping[str, Any]:
@@ -102,9 +133,13 @@ class _SourceWriter:
         origins = list(self._origins.values())
         return {
             "language": self._language,
+            "dtype": self._dtype.name,
             "documents": sum(origin["documents"] for origin in origins),
             "tokens": self._written["tokens"],
             "bytes": sum(origin["bytes"] for origin in origins),
+            "characters": self._characters,
+            "fallback": self._fallback,
+            "shards": self._shards,
             "origins": origins,
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
@@ -114,8 +149,11 @@ class _SourceWriter:
 
     def _flush(self) -> None:
         # Files are opened for each flush, since a store of many sources would run out of file handles.
-        with (self._folder / "tokens.bin").open("ab") as file:
+        if not self._shards or self._shards[-1]["tokens"] >= self._shard_tokens:
+            self._shards.append({"file": f"tokens-{len(self._shards):05}.bin", "tokens": 0})
+        with (self._folder / self._shards[-1]["file"]).open("ab") as file:
             file.writelines(tokens.tobytes() for tokens in self._pending_tokens)
+        self._shards[-1]["tokens"] += self._written["tokens"] - self._flushed_tokens
         for name, pending in self._pending_text.items():
             with (self._folder / f"{name}.bin").open("ab") as file:
                 file.writelines(pending)

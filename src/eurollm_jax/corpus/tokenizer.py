@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from sentencepiece import sentencepiece_model_pb2
 
 from eurollm_jax.errors import UserError
@@ -101,6 +101,11 @@ class Tokenizer:
     def piece_bytes(self) -> Int32[np.ndarray, " vocab"]:
         """How many UTF-8 bytes of text each token stands for; 0 for control tokens."""
         return np.array([len(content) for content in self._contents], np.int32)
+
+    @cached_property
+    def is_byte(self) -> Bool[np.ndarray, " vocab"]:
+        """Which tokens stand for a single byte, for want of a piece that covers the character."""
+        return np.array([piece.kind == "byte" for piece in self.pieces])
 
     def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The ids of `text`, without bos and eos. Raises UserError for text that `refusal` refuses."""

@@ -27,6 +27,7 @@ class SourceSize:
     tokens: int
     bytes: int
     rows: int
+    language: str = ""
 
 
 @dataclass(frozen=True, slots=True)

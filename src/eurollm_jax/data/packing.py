@@ -19,9 +19,13 @@ class TokenSource(Protocol):
     @property
     def tokens(self) -> int: ...
     @property
-    def stream(self) -> np.ndarray: ...  # unsigned integers [tokens], C-contiguous
+    def dtype(self) -> np.dtype: ...  # of the tokens on disk
     @property
     def offsets(self) -> np.ndarray: ...  # int64 [documents + 1]: first token of each document; last, tokens
+    def read(self, start: int, stop: int) -> np.ndarray: ...  # tokens of the stream
+    def read_into(
+        self, out: np.ndarray, places: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+    ) -> None: ...  # out[place : place + length] = stream[start : start + length], for each of the n
 
 
 class Span(NamedTuple):
@@ -31,6 +35,25 @@ class Span(NamedTuple):
     first: int  # first token, counted from the document's start
     tokens: int
     place: int  # of that token in the row
+
+
+class Lines(NamedTuple):
+    """Where n rows' tokens lie in a source's stream, and where documents begin in the rows. Rows count from 0 to n - 1.
+
+    Read i copies stream[start : start + length + 1]: its first `length` tokens are the inputs from `place` on, its last
+    `length` their targets. Every place that no read fills is padding. Stretch j begins, at a place of a row, the next
+    document of that row, or what the row has of one that began before it. A target that belongs to another document
+    than its input is listed as untargeted: nothing predicts it.
+    """
+
+    read_row: Int64[np.ndarray, " reads"]  # ascending, and so are the places within a row
+    read_place: Int64[np.ndarray, " reads"]
+    read_start: Int64[np.ndarray, " reads"]
+    read_length: Int64[np.ndarray, " reads"]
+    stretch_row: Int64[np.ndarray, " stretches"]  # ascending, and so are the places within a row
+    stretch_place: Int64[np.ndarray, " stretches"]
+    untargeted_row: Int64[np.ndarray, " untargeted"]
+    untargeted_place: Int64[np.ndarray, " untargeted"]
 
 
 class Window(NamedTuple):
@@ -74,12 +97,12 @@ class ConcatPacking:
         rows = np.asarray(rows, np.int64)
         if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} are not all from 0 to {self.rows - 1}")
-        stream, offsets = np.asarray(self.source.stream), np.asarray(self.source.offsets)
+        offsets, tokens = np.asarray(self.source.offsets), self.source.tokens
         starts = rows * self.length
         first = offsets.searchsorted(starts, side="right")
         last = offsets.searchsorted(starts + self.length, side="right")
         return [
-            Window(stream[start : start + self.length + 1], offsets[a:b] - start)
+            Window(self.source.read(start, min(start + self.length + 1, tokens)), offsets[a:b] - start)
             for start, a, b in zip(starts.tolist(), first.tolist(), last.tolist(), strict=True)
         ]
 

@@ -139,7 +139,7 @@ def order0_bits_per_byte(text: bytes) -> float:
 
 def baselines(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of coders that have seen nothing but this text, over the bytes that the model is charged for."""
-    stream, offsets = np.asarray(source.stream), source.offsets
+    stream, offsets = source.read(0, source.tokens), source.offsets
     documents = (tokenizer.decode(stream[start + 1 : stop - 1]) for start, stop in pairwise(offsets))
     text = "\n".join(documents).encode()
     scale = len(text) / source.bytes

@@ -107,4 +107,4 @@ def tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tok
 @pytest.fixture(scope="session")
 def store(corpus_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """All of `corpus_dir`; its sources are bg, de, el, en and mt."""
-    return prepare(corpus_dir, tokenizer, tmp_path_factory.mktemp("store") / "small", threads=1)
+    return prepare(corpus_dir, tokenizer, tmp_path_factory.mktemp("store") / "small", workers=1)

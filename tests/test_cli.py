@@ -251,8 +251,8 @@ def test_report_of_a_run_that_is_not_finished(made, tmp_path):
 def test_a_text_file_says_its_language_by_its_name_or_folder(made, tmp_path):
     texts = {"fr.txt": "fr", "de-letters.txt": "de", "sr_Latn.2.txt": "sr-Latn", "pt_BR-news.txt": "pt"}
     for name in texts:
-        (tmp_path / name).write_text("a\n")
-    assert {Path(f"{d.source}.txt").name: d.language for d in read_documents(tmp_path)} == texts
+        (tmp_path / name).write_text(name)
+    assert {document.text: document.language for document in read_documents(tmp_path)} == texts
     (tmp_path / "mt").mkdir()
     (tmp_path / "mt/book.txt").write_text("Il-qattus")
     said = call("corpus", "prepare", tmp_path / "mt", "--tokenizer", made.folder / "tokenizer", "--out", tmp_path / "s")

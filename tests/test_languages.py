@@ -87,3 +87,14 @@ def test_an_unknown_tag_is_refused_with_a_way_on(tag, hint):
     assert repr(tag) in str(error.value)
     assert hint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_byte_premiums_are_relative_to_english_and_follow_the_script():
+    premiums = {code: language.byte_premium for code, language in LANGUAGES.items() if language.byte_premium}
+    assert premiums["en"] == 1
+    assert all(1.7 < premiums[code] < 2.3 for code in ("bg", "mk", "sr", "uk", "be", "el", "hy"))  # two bytes a letter
+    assert all(0.95 < premiums[code] < 1.3 for code in premiums if LANGUAGES[code].script == "Latn")
+    assert premiums["ka"] == max(premiums.values())  # three bytes a letter
+    assert all(language.byte_premium for language in official())
+    assert LANGUAGES["cnr"].byte_premium is None
+    assert LANGUAGES["sr-Latn"].byte_premium is None

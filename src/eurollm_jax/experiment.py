@@ -22,6 +22,8 @@ from typing import Any
 import jax
 
 from eurollm_jax.corpus.folders import write_json
+from eurollm_jax.corpus.parity import Parity
+from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.data.loader import DataConfig, differences
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
@@ -37,8 +39,12 @@ COUNTS = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_rows",
 CADENCE = ("log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
 PATHS = ("tokenizer", "heldout", "runs")  # the hashes of what they point to decide
 
-NOT_IDENTITY = frozenset(("mesh", *CADENCE, *PATHS))
-"""Fields that do not change what is learnt: where it is computed, and how often one looks."""
+NOT_IDENTITY = frozenset(("mesh", "parity", *CADENCE, *PATHS))
+"""Fields that do not change what is learnt: where it is computed, what may be begun, and how often one looks."""
+
+NOT_IDENTITY_OF_DATA = ("store", "workers", "removed")
+"""Of `data`, the same. Stores are known by their hashes, and removals may come in the middle of a run: the checkpoint
+says which it has seen (`Data.require_same`)."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,12 @@ class Experiment:
     schedule: WSD | Cosine
     steps: int
     batch_size: int  # rows, over all devices
+    batch_ramp: tuple[tuple[int, int], ...] = ()  # (from row, batch size): changes in the course of the run
     optimizer: AdamW | Muon = AdamW()
     z_loss: float = 1e-4
     seed: int = 0  # of the initial weights; the data have their own
     mesh: MeshConfig = MeshConfig()
+    parity: Parity = dataclasses.field(default_factory=Parity)
     log_every: int = 10  # steps
     evaluate_every: int = 1000
     evaluate_rows: int = 16  # of each source, at intervals; the evaluation at the end reads all
@@ -68,6 +76,10 @@ class Experiment:
         for field in COUNTS:
             if getattr(self, field) < 1:
                 raise UserError(f"experiment {self.name!r}: {field}={getattr(self, field)} must be 1 or more.")
+        try:
+            BatchSizes(self.batch_size, self.batch_ramp)
+        except UserError as error:
+            raise UserError(f"experiment {self.name!r}: batch_ramp: {error}.") from None
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
             raise UserError(f"experiment {self.name!r}: the name becomes a folder; use letters, digits, . _ and -.")
         if self.data.sequence_length > self.model.max_positions:
@@ -77,8 +89,12 @@ class Experiment:
             )
 
     @property
+    def batch_sizes(self) -> BatchSizes:
+        return BatchSizes(self.batch_size, self.batch_ramp)
+
+    @property
     def total_rows(self) -> int:
-        return self.steps * self.batch_size
+        return self.batch_sizes.row_of_step(self.steps)
 
     @property
     def run(self) -> Path:
@@ -93,13 +109,18 @@ def encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [encode(element) for element in value]
     return value
 
 
 def identity(experiment: Experiment, inputs: Mapping[str, str]) -> dict[str, Any]:
     """All that decides what the run learns; `inputs` are the hashes of what the paths point to."""
     fields = {name: value for name, value in encode(experiment).items() if name not in NOT_IDENTITY}
-    del fields["data"]["store"], fields["model"]["remat"]
+    for name in NOT_IDENTITY_OF_DATA:
+        del fields["data"][name]
+    del fields["model"]["remat"]
+    fields["batch_ramp"] = encode(experiment.batch_sizes.until(experiment.total_rows).changes)
     return {**fields, "inputs": dict(inputs)}
 
 

@@ -13,7 +13,7 @@ from eurollm_jax.errors import UserError
 DOCUMENTS = [
     Document("Здравей,\nсвят!  Два интервала.", "a/1", "bg", "мой source", "CC0-1.0"),
     Document("Tab\tund \u2028 Zeilentrenner", "a/2", "de", "s", "MIT", "https://example.org/2"),
-    Document("🙂 Ħelu", "a/3", "mt", "s", "Apache-2.0 OR MIT"),
+    Document("🙂 Ħelu", "a/3", "mt", "s", "Apache-2.0 OR MIT", "", "2021-05-12", {"score": 0.5, "tags": ["a"]}),
 ]
 
 
@@ -34,7 +34,9 @@ def test_round_trip(tmp_path, name):
 def test_fields_by_their_other_names_and_extra_fields(tmp_path):
     record = {"text": "Tere", "lang": "ekk_Latn", "license": "CC0-1.0", "id": 7, "url": None, "score": 0.5}
     (tmp_path / "web.jsonl").write_text("\ufeff" + json.dumps(record) + "\r\n\n")
-    assert list(read_documents(tmp_path / "web.jsonl")) == [Document("Tere", "7", "et", "web", "CC0-1.0")]
+    assert list(read_documents(tmp_path / "web.jsonl")) == [
+        Document("Tere", "7", "et", "web", "CC0-1.0", metadata={"score": 0.5})
+    ]
 
 
 def test_arguments_fill_what_a_document_does_not_say(tmp_path):
@@ -94,6 +96,10 @@ def test_reading_streams(tmp_path):
         (b'{"text": 1}', "JSON number"),
         (b'{"text": " \\n"}', "empty"),
         (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": "a\\u0000b"}', "character 2 of the text is NUL (U+0000)"),
+        (b'{"text": "a\x00b"}', "not valid JSON (Invalid control character at"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "cannot be read"),
+        (b"[" * 200_000, "nested too deep"),
         (b'{"text": "a\xe9b"}', "not UTF-8 (byte 12 of the line is 0xe9)"),
         (b'{"text": "a", "language": "zz"}', "unknown language 'zz'"),
         (b'{"text": "a", "language": "fr"}', "'fr', but 'de' was asked for"),
@@ -136,8 +142,8 @@ def test_bad_files_and_folders(tmp_path):
     assert "has no .jsonl" in refusal(tmp_path / "folder")
     write_documents(tmp_path / "folder/train/de.jsonl", DOCUMENTS)
     assert f"did you mean {tmp_path / 'folder/train'}?" in refusal(tmp_path / "folder")
-    (tmp_path / "folder/train/more.parquet").write_bytes(b"PAR1")
-    assert "more.parquet cannot be read here" in refusal(tmp_path / "folder/train")
+    (tmp_path / "folder/train/more.csv").write_text("text")
+    assert "more.csv cannot be read here" in refusal(tmp_path / "folder/train")
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

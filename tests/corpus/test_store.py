@@ -1,15 +1,21 @@
 """A store gives back what was put in, knows where everything came from, and notices damage."""
 
 import hashlib
+import itertools
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eurollm_jax.corpus.sources import Document
-from eurollm_jax.corpus.store import TokenStore
+from eurollm_jax.corpus.store import Source, TokenStore
 from eurollm_jax.corpus.store_writer import StoreWriter
 from eurollm_jax.errors import UserError
 
@@ -155,24 +161,137 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     assert (others[0] == first.fingerprint, others[1] == first.fingerprint) == (True, False)
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+
+
 def test_damage_is_named(store, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(store.path, copy)
-    store.verify()
+    read = []
+    store.verify(read.append)
+    assert sum(read) == store.size == sum(file.stat().st_size for name in LANGUAGES for file in (copy / name).iterdir())
     for name in ("bg/tokens-00000.bin", "mt/sha256.npy"):
-        content = bytearray((copy / name).read_bytes())
-        content[-1] ^= 4
-        (copy / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged in bg/tokens-00000\.bin, mt/sha256\.npy;"):
+        flip_a_bit(copy / name)
+    wrong = r"damaged: bg/tokens-00000\.bin is not as it was written; mt/sha256\.npy is not as it was written\."
+    with pytest.raises(UserError, match=wrong):
         TokenStore.open(copy).verify()
-    with (copy / "de" / "tokens-00000.bin").open("ab") as file:
-        file.write(b"\0")
     size = store.sources["de"].tokens * 2
-    with pytest.raises(UserError, match=rf"de/tokens\.bin has {size + 1} bytes and should have {size}"):
+    tokens = copy / "de" / "tokens-00000.bin"
+    tokens.write_bytes(tokens.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=rf"de/tokens-00000\.bin has {size + 1} bytes and should have {size};"):
         TokenStore.open(copy)
-    (copy / "de" / "tokens-00000.bin").unlink()
-    with pytest.raises(UserError, match=r"de/tokens\.bin is missing"):
+    (copy / "en" / "offsets.npy").unlink()
+    found = rf"bg/tokens-0.* de/tokens-00000\.bin has {size + 1} bytes .*; en/offsets\.npy is missing; mt/sha256"
+    with pytest.raises(UserError, match=found):
+        TokenStore.open(copy, check=False).verify(threads=3)
+    tokens.unlink()
+    with pytest.raises(UserError, match=r"de/tokens-00000\.bin is missing"):
         TokenStore.open(copy)
+
+
+@pytest.mark.parametrize("name", ["tokens", "characters", "fallback", "language", "bg", "vocab_size", "CC0-1.0"])
+def test_any_change_to_the_manifest_is_noticed(store, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(store.path, copy)
+    path = copy / "manifest.json"
+    path.write_text(path.read_text().replace(f'"{name}"', f'"{name[:-1]}x"', 1))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(its own hash does not fit\); restore it"):
+        TokenStore.open(copy)
+
+
+def sharded(folder, stream, cuts, dtype=np.uint16, skip=0):
+    """A source whose tokens lie in files cut at `cuts`, each with `skip` bytes of something else in front."""
+    folder.mkdir()
+    bounds = [0, *cuts, len(stream)]
+    shards = []
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        path = folder / f"{number}.bin"
+        path.write_bytes(b"\xff" * skip + np.array(stream[start:stop], dtype).tobytes())
+        shards.append({"file": str(path), "tokens": stop - start, "offset": skip})
+    np.save(folder / "offsets.npy", np.array([0, len(stream)]))
+    sizes = {"documents": 1, "tokens": len(stream), "bytes": 0, "characters": 0, "fallback": 0}
+    return Source(folder, "xx", {"language": "xx", "dtype": np.dtype(dtype).name, "shards": shards, **sizes})
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from([np.uint16, np.int32, np.uint32, np.uint8, np.int64]))
+def test_any_reads_over_any_shards_are_the_streams_slices(tmp_path_factory, data, dtype):
+    size = data.draw(st.integers(1, 60))
+    cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=9)))  # with empty shards
+    stream = np.random.default_rng(size).integers(0, 120, size).astype(dtype)
+    source = sharded(tmp_path_factory.mktemp("s") / "xx", stream, cuts, dtype, data.draw(st.sampled_from([0, 34])))
+    reads = []
+    for _ in range(data.draw(st.integers(0, 6))):
+        start = data.draw(st.integers(0, size - 1))
+        reads.append((start, data.draw(st.integers(0, size - start - 1))))
+        assert source.read(start, start + reads[-1][1] + 1).tolist() == stream[start:][: reads[-1][1] + 1].tolist()
+    starts, lengths = np.array(reads, np.int64).reshape(-1, 2).T
+    places = np.cumsum(lengths + 1) - lengths
+    out, after = np.full(int((lengths + 1).sum()) + 1, 121, dtype), np.zeros(len(reads), dtype)
+    expected = out.copy()
+    for place, start, length in zip(places.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+        expected[place : place + length] = stream[start : start + length]
+    source.read_into(out, places, starts, lengths, after)
+    assert out.tolist() == expected.tolist()
+    assert after.tolist() == stream[starts + lengths].tolist()
+
+
+def test_reads_outside_of_the_stream_are_refused(tmp_path):
+    source = sharded(tmp_path / "xx", list(range(10)), [4])
+    out = np.zeros(20, np.uint16)
+    for start, length, after in [(-1, 2, None), (8, 3, None), (3, -1, None), (8, 2, out[:1])]:
+        with pytest.raises(IndexError, match="10 tokens of source xx"):
+            source.read_into(out[1:], *np.array([[0], [start], [length]]), after)
+    with pytest.raises(TypeError, match="uint16"):
+        source.read_into(np.zeros(4, np.int32), *np.array([[0], [0], [4]]))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_shard_that_is_deleted_or_cut_short_while_it_is_open_is_named(tmp_path, across):
+    for change, message in [
+        (lambda path: path.unlink(), r"/1\.bin of source xx was deleted while it was read; restore"),
+        (lambda path: os.truncate(path, 6), r"/1\.bin of source xx was cut short: it has 6 bytes and .* least 12; "),
+        (lambda path: path.write_bytes(b""), r"/1\.bin of source xx was cut short: it has 0 bytes"),
+    ]:
+        source = sharded(tmp_path / "xx", list(range(18)), [6, 12])
+        start, stop = (4, 8) if across else (6, 8)  # the first tokens are there still
+        assert source.read(start, stop).tolist() == list(range(start, stop))
+        change(tmp_path / "xx" / "1.bin")
+        with pytest.raises(UserError, match=message):
+            source.read(start, stop)
+        assert source.read(0, 6).tolist() == list(range(6))
+        shutil.rmtree(tmp_path / "xx")
+        with pytest.raises(UserError, match=r"/2\.bin of source xx cannot be read \(No such file"):
+            source.read(12, 18)
+
+
+def test_a_process_with_few_file_handles_reads_thousands_of_shards(tmp_path):
+    """In a process of its own, with two threads and at most 64 open files."""
+    source = sharded(tmp_path / "xx", list(range(3000)), list(range(2, 3000, 2)))
+    (tmp_path / "source.pickle").write_bytes(pickle.dumps(source))
+    script = """
+import pathlib, pickle, resource, sys, threading
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+source = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+wrong = []
+def read():
+    out, starts = np.zeros(3000, np.uint16), np.arange(0, 3000, 3)
+    for _ in range(3):
+        source.read_into(out, starts, starts, np.full(1000, 3))
+        if out.tolist() != list(range(3000)):
+            wrong.append(out)
+threads = [threading.Thread(target=read) for _ in range(2)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print("wrong" if wrong else "right")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "source.pickle")], capture_output=True, text=True, check=False
+    )
+    assert (run.stdout, run.returncode) == ("right\n", 0), run.stderr
 
 
 def test_what_is_no_store_is_refused(store, tmp_path):

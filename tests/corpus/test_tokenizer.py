@@ -3,6 +3,9 @@
 import hashlib
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eurollm_jax.corpus import tokenizer as tokenizers
+from eurollm_jax.corpus import words
 from eurollm_jax.corpus.sources import read_documents
 from eurollm_jax.corpus.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
@@ -64,6 +69,72 @@ def test_ids_are_those_of_sentencepiece(tokenizer, corpus_dir):
     texts += [text for text in ODD if "▁" not in text]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts, threads=2)] == plain.encode(texts)
     assert [tokenizer.decode(ids) for ids in plain.encode(texts)] == texts
+
+
+BITS = [*"ab \n ▁é\0", "  ", "   ", " \n", "\n ", "the", " cat", "dog", "Ω", "12", "====", "\r\n", "the cat sat"]
+PROSE = st.lists(st.sampled_from(BITS), max_size=60).map("".join)
+
+
+@cache
+def model_of(split_by_whitespace):
+    return other_model(split_by_whitespace=split_by_whitespace, vocab_size=310)
+
+
+def by_sentencepiece(tokenizer, text):
+    """The ids as SentencePiece finds them in the whole text: it takes U+2581 for a space, so we put U+FDD0 there."""
+    plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    return plain.encode(text.replace("▁", "\ufdd0"))
+
+
+@given(batches=st.lists(st.lists(PROSE, max_size=4), max_size=4), kept=st.sampled_from([0, 3, 1000]))
+@settings(max_examples=200, deadline=None)
+def test_what_was_encoded_before_changes_no_ids(tokenizer, batches, kept):
+    fresh = Tokenizer(tokenizer.model_path, tokenizer.model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "_KEPT_WORDS", kept)
+        for texts in batches:
+            for text, ids in zip(texts, fresh.encode_batch(texts), strict=True):
+                assert ids.tolist() == by_sentencepiece(tokenizer, text)
+
+
+@pytest.mark.parametrize("split_by_whitespace", [True, False])
+@given(texts=st.lists(PROSE, min_size=1, max_size=3), size=st.integers(1, 30))
+@settings(max_examples=100, deadline=None)
+def test_a_text_that_is_cut_has_the_ids_of_the_whole(split_by_whitespace, texts, size):
+    tokenizer = Tokenizer(Path("other.model"), model_of(split_by_whitespace))
+    assert tokenizer.cuts_at_spaces is split_by_whitespace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "_PART_CHARACTERS", size)
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            assert ids.tolist() == by_sentencepiece(tokenizer, text)
+            assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_a_run_that_cannot_be_cut_is_refused_by_its_place(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizers, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizers, "_LONGEST_RUN", 40)
+    run = "the" * 20 if "eth" in "".join(piece.name for piece in tokenizer.pieces) else "en" * 30
+    assert all(run[i : i + 2] in tokenizer._neighbours for i in range(len(run) - 1))
+    assert tokenizer.decode(tokenizer.encode(f"a \n{run[:40]} b")) == f"a \n{run[:40]} b"
+    with pytest.raises(UserError, match="from character 4 on it has 40 in which no word ends"):
+        tokenizer.encode(f"a \n{run} b")
+
+
+def test_threads_may_share_a_tokenizer(tokenizer, corpus_dir):
+    texts = [document.text for document in read_documents(corpus_dir)]
+    expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    fresh = Tokenizer(tokenizer.model_path, tokenizer.model)
+    with ThreadPoolExecutor(8) as pool:
+        assert [ids.tolist() for ids in pool.map(fresh.encode, texts)] == expected
+
+
+@pytest.mark.slow
+def test_a_document_of_200_megabytes_with_nuls_comes_back(tokenizer):
+    text = ("In principio\0 ħobż, καλημέρα.  Добро утро\n" * 4_000_000)[:155_000_000]
+    assert len(text.encode()) > 200_000_000
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert int(tokenizer.piece_bytes[ids].sum()) == len(text.encode())
 
 
 def test_a_batch_is_encoded_as_its_texts_one_by_one(tokenizer):

@@ -19,6 +19,10 @@ class MemorySource:
         return len(self.stream)
 
     @property
+    def language(self):
+        return self.name
+
+    @property
     def bytes(self):
         return 3 * len(self.stream)
 
@@ -30,9 +34,11 @@ class MemorySource:
         assert 0 <= start <= stop <= len(self.stream)
         return self.stream[start:stop]
 
-    def read_into(self, out, places, starts, lengths):
-        for place, start, length in zip(places.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+    def read_into(self, out, places, starts, lengths, after):
+        reads = zip(places.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        for i, (place, start, length) in enumerate(reads):
             out[place : place + length] = self.read(start, start + length)
+            after[i] = self.stream[start + length]
 
 
 @dataclass

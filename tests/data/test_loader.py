@@ -1,6 +1,11 @@
+import dataclasses
 import itertools
 import json
+import multiprocessing
 import pickle
+import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -9,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eurollm_jax.data.batch import Batch
+from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.data.loader import Data, DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.data.packing import pack
 from eurollm_jax.errors import UserError
 
 LENGTH = 16
@@ -18,7 +25,7 @@ MIXTURE = Mixture.temperature(0.5).scale(mt=0.1).stage(at_row=333, mixture=Mixtu
 
 
 def data_of(store, mixture=MIXTURE, length=LENGTH, seed=3, total_rows=3000):
-    return Data.from_store(store, DataConfig("unused", mixture, length, seed), total_rows)
+    return Data.from_stores([store], DataConfig("unused", mixture, length, seed), total_rows)
 
 
 def joined(batches):
@@ -42,8 +49,8 @@ def test_a_batch_is_the_packed_rows_that_the_order_names(data):
     rows = data.order.batch_rows(300, 48)
     assert len(set(batch.source.tolist())) > 4
     for i, (source, _, row) in enumerate(zip(*data.order.rows(rows), strict=True)):
-        packed = data.packings[source].gather(np.array([row]))
-        assert_equal(Batch(*(field[i : i + 1] for field in batch)), Batch(*packed, np.array([source], np.int32)))
+        packed = pack(data.packings, np.array([source]), np.array([row]))
+        assert_equal(Batch(*(field[i : i + 1] for field in batch)), packed)
 
 
 @settings(deadline=None, max_examples=30)
@@ -59,14 +66,14 @@ def test_an_epoch_of_batches_holds_every_row_of_a_source_once(memory_store):
     packing = data.packings[data.source_names.index("el")]
     rows = packing.rows
     epoch = joined(data.batch(first, 1) for first in range(rows))
-    expected = packing.gather(np.arange(rows))
+    expected = pack([packing], np.zeros(rows, np.int64), np.arange(rows))
     assert sorted(map(bytes, epoch.tokens)) == sorted(map(bytes, expected.tokens))
     assert epoch.mask.sum() == expected.mask.sum() == packing.source.tokens - (len(packing.source.offsets) - 1)
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 7])
-def test_the_loader_yields_the_batches_in_order(data, prefetch):
-    seen = list(data.loader(32, 16, stop_row=320, prefetch=prefetch))
+@pytest.mark.parametrize(("threads", "ahead"), [(1, 1), (1, 4), (2, 2), (7, 3)])
+def test_the_loader_yields_the_batches_in_order(data, threads, ahead):
+    seen = list(data.loader(32, 16, stop_row=320, threads=threads, ahead=ahead))
     assert [row for row, _ in seen] == list(range(48, 321, 16))
     for row, batch in seen:
         assert_equal(batch, data.batch(row - 16, 16))
@@ -109,7 +116,7 @@ def test_an_error_in_a_reading_thread_reaches_the_consumer(memory_store, error, 
         return whole(self, first_row, batch_size, host, hosts)
 
     monkeypatch.setattr(Data, "batch", failing)
-    loader = data.loader(0, 8, prefetch=2)
+    loader = data.loader(0, 8, threads=2)
     assert [next(loader)[0] for _ in range(4)] == [8, 16, 24, 32]
     with pytest.raises(type(error)) as caught:
         next(loader)
@@ -127,12 +134,12 @@ def test_a_mismatch_is_refused_with_the_difference_named(memory_store):
     data = data_of(memory_store)
     saved = json.loads(json.dumps(data.describe()))
     assert saved == data.describe()
-    data_of(memory_store, MIXTURE.cap_epochs(10**6)).require_same(saved)
+    data_of(memory_store, MIXTURE.cap_epochs(10**6)).require_same(saved, 0)
     with pytest.raises(UserError, match="other data: seed was 3 and is 4;"):
-        data_of(memory_store, seed=4).require_same(saved)
+        data_of(memory_store, seed=4).require_same(saved, 0)
     moved = Mixture.temperature(0.5).scale(mt=0.1).stage(at_row=334, mixture=Mixture.unimax(40).without("fi"))
     with pytest.raises(UserError, match=r"schedule\.stages\[1\]\.start was 333 and is 334;"):
-        data_of(memory_store, moved, total_rows=3001).require_same(saved)
+        data_of(memory_store, moved, total_rows=3001).require_same(saved, 0)
     others = [
         data_of(memory_store, seed=4),
         data_of(memory_store, length=17),
@@ -159,6 +166,7 @@ def test_a_real_store_is_read_as_its_documents_were_written(store):
                 (span,) = (span for span in packing.documents(row) if span.document == document)
                 text += batch.tokens[0, span.place : span.place + span.tokens].tolist()
             start, end = source.offsets[document : document + 2].tolist()
+            end = min(end, source.tokens - 1)  # the stream's last token is a target only
             assert text == source.read(start, end).tolist()
     planned = {p.name: p.rows for p in data.plan(1000)}
     read = np.bincount(joined(data.batch(first, 50) for first in range(0, 1000, 50)).source)
@@ -172,3 +180,115 @@ def test_bad_settings_for_a_real_store_are_refused(store, tmp_path):
         open_data(DataConfig(str(store.path), Mixture.shares({"fr": 1.0}), sequence_length=32), 10)
     with pytest.raises(UserError, match="nowhere"):
         open_data(DataConfig(str(tmp_path / "nowhere"), Mixture.proportional(), sequence_length=32), 10)
+
+
+def config_of(store, **changes):
+    return DataConfig(str(store.path), Mixture.temperature(0.3), sequence_length=32, seed=1, **changes)
+
+
+def test_any_number_of_worker_processes_gives_the_same_batches_and_resumes_any_other(store):
+    """Three workers to the end; two workers stopped after four batches and gone on with by one, and then by threads."""
+    expected = list(open_data(config_of(store), 1000).loader(0, 64, stop_row=64 * 9))
+    assert len(expected) == 9
+    three = list(open_data(config_of(store, workers=3), 1000).loader(0, 64, stop_row=64 * 9))
+    seen: list = []
+    for workers, batches in ((2, 4), (1, 3), (0, 2)):
+        loader = open_data(config_of(store, workers=workers), 1000).loader(seen[-1][0] if seen else 0, 64)
+        seen += itertools.islice(loader, batches)
+        assert len(multiprocessing.active_children()) >= workers
+        loader.close()
+        assert multiprocessing.active_children() == []
+    for got in (three, seen):
+        assert [row for row, _ in got] == [row for row, _ in expected]
+        for (_, batch), (_, other) in zip(got, expected, strict=True):
+            assert_equal(batch, other)
+
+
+SIZES = BatchSizes(8, ((20, 16), (70, 4)))  # batches begin at 0, 8, 16, 24, 40, 56, 72, 76, ...
+
+
+def test_a_ramp_of_batch_sizes_reads_each_row_once_and_resumes_anywhere(data):
+    seen = list(data.loader(0, SIZES, stop_row=90))
+    assert [row for row, _ in seen] == [8, 16, 24, 40, 56, 72, 76, 80, 84, 88, 92]
+    for (row, batch), size in zip(seen, [8, 8, 8, 16, 16, 16, 4, 4, 4, 4, 4], strict=True):
+        assert_equal(batch, data.batch(row - size, size))
+    for done in range(len(seen)):
+        row = seen[done - 1][0] if done else 0
+        rest = list(data.loader(row, SIZES, stop_row=90))
+        assert [row for row, _ in rest] == [row for row, _ in seen[done:]]
+        assert_equal(rest[0][1], seen[done][1])
+    with pytest.raises(UserError, match="4 rows cannot be dealt to 8 hosts"):
+        data.loader(0, SIZES, 0, 8)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_several_stores_are_one_mixture(tmp_path, store, packing):
+    """Each of two stores has some of a store's sources: together they give the store's batches."""
+    halves = []
+    for number, names in enumerate((["de", "mt"], ["bg", "el", "en"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            shutil.copytree(store.path / name, folder / name)
+        manifest = store.manifest | {"sources": {name: store.manifest["sources"][name] for name in names}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        halves.append(str(folder))
+    whole = open_data(config_of(store, packing=packing), 1000)
+    both = open_data(dataclasses.replace(whole.config, store=tuple(halves)), 1000)
+    assert both.source_names == whole.source_names
+    assert_equal(both.batch(300, 48), whole.batch(300, 48))
+    other = open_data(dataclasses.replace(both.config, store=tuple(halves[::-1])), 1000)
+    assert other.describe() == both.describe() != whole.describe()
+    assert both.describe()["packing"] != open_data(config_of(store, packing="concat"), 9).describe()["packing"] or (
+        packing == "concat"
+    )
+    with pytest.raises(UserError, match=r"both have a source 'de'; prepare one"):
+        open_data(dataclasses.replace(whole.config, store=(str(store.path), halves[0])), 1000)
+    manifest["tokenizer"] = {"sha256": "0" * 64, "vocab_size": 640}
+    (tmp_path / "1" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"/1 and .*/0 were prepared with different tokenizers"):
+        open_data(both.config, 1000)
+
+
+READER = """
+import os, sys
+from pathlib import Path
+from eurollm_jax.data.loader import DataConfig, open_data
+from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.errors import UserError
+if __name__ == "__main__":
+    store, shard, change, workers = sys.argv[1:]
+    data = open_data(DataConfig(store, Mixture.proportional(), 32, workers=int(workers)), 1000)
+    try:
+        for row, batch in data.loader(0, 16):
+            if row == 64:
+                os.truncate(shard, 100) if change == "truncate" else os.unlink(shard)
+            if row > 6400:
+                sys.exit("read on")
+    except UserError as error:
+        sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "workers", "said"),
+    [("delete", 0, "was deleted while it was read"), ("truncate", 0, "was cut short"), ("delete", 1, "was deleted")],
+)
+def test_a_process_whose_shard_goes_stops_with_its_name_and_fails(tmp_path, store, change, workers, said):
+    shutil.copytree(store.path, tmp_path / "store")
+    shard = tmp_path / "store" / "el" / "tokens-00000.bin"
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    command = [sys.executable, str(script), str(tmp_path / "store"), str(shard), change, str(workers)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1
+    assert f"{shard} of source el {said}" in run.stderr
+
+
+def test_bad_readers_are_refused(store):
+    with pytest.raises(UserError, match="workers must be 0 or more, not -1"):
+        open_data(config_of(store, workers=-1), 10)
+    with pytest.raises(UserError, match="packing is 'concat' or 'best-fit', not 'first-fit'"):
+        open_data(config_of(store, packing="first-fit"), 10)
+    with pytest.raises(UserError, match="the data have no store"):
+        open_data(dataclasses.replace(config_of(store), store=()), 10)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eurollm_jax.data.mixture import Mixture, SourceSize, plan
+from eurollm_jax.data.mixture import Mixture, SourceSize
+from eurollm_jax.data.plan import plan
 from eurollm_jax.data.schedule import DEVIATION, SHARE_SUM
 from eurollm_jax.errors import UserError
 
@@ -158,15 +159,37 @@ BASE = Mixture.proportional()
         (lambda: Mixture.temperature(-1), "alpha must be 0 or more, not -1"),
         (lambda: Mixture.temperature(math.inf), "alpha must be 0 or more, not inf"),
         (lambda: Mixture.unimax(0), "max_epochs must be above 0, not 0"),
-        (lambda: Mixture.proportional("documents"), "unit is 'tokens' or 'bytes', not 'documents'"),
+        (lambda: Mixture.proportional("documents"), "unit is 'tokens', 'bytes' or 'content', not 'documents'"),
         (lambda: BASE.scale(fi=0), "'fi' has the factor 0"),
         (lambda: BASE.cap_epochs(math.nan), "cap_epochs: give a number above 0, not nan"),
+        (lambda: BASE.cap_epochs(2, excess="drop"), "excess is 'refuse' or 'redistribute', not 'drop'"),
         (lambda: BASE.only(), "name at least one source"),
+        (lambda: BASE.floor({"fi": 0}), "floor: 'fi' has 0; give a share above 0"),
+        (lambda: BASE.floor(1.5), "floor: 'every source' has 1.5"),
+        (lambda: BASE.floor(0.1, over="script"), "floor: over is 'source', 'language' or 'family', not 'script'"),
+        (lambda: Mixture.proportional(over=None), "a mixture is over 'source', 'language' or 'family', not None"),
+        (lambda: Mixture.proportional(over="language", within=BASE.without("fi")), "more than a rule; apply .scale"),
+        (lambda: Mixture.proportional(within=BASE), "over 'source' cannot stand inside one over 'source'"),
+        (
+            lambda: Mixture.proportional(over="language", within=Mixture.proportional(over="family")),
+            "over 'family' cannot stand inside one over 'language'",
+        ),
+        (lambda: BASE.content_premiums({"fi": 0}), "content_premiums: 'fi' has 0"),
+        (lambda: BASE.content_premiums({"fl": 1}), "unknown language 'fl'"),
+        (lambda: BASE.stage(at_row=5, mixture=BASE, ramp_rows=-1), "ramp_rows must be 0 or more, not -1"),
+        (
+            lambda: BASE.stage(at_row=5, mixture=BASE, ramp_rows=9).stage(at_row=13, mixture=BASE),
+            "at_row=13 lies in the ramp of the last stage, which ends at row 14",
+        ),
+        (
+            lambda: BASE.stage(at_row=5, mixture=BASE, ramp_rows=9).compile(SIZES, 13),
+            "from row 5: the run ends at row 13, before the ramp of 9 rows does",
+        ),
         (
             lambda: BASE.stage(at_row=9, mixture=BASE).stage(at_row=9, mixture=BASE),
             "at_row=9 does not come after row 9",
         ),
-        (lambda: BASE.stage(at_row=9, mixture=BASE.cap_epochs(1)), "has stages or a cap of its own"),
+        (lambda: BASE.stage(at_row=9, mixture=BASE.cap_epochs(1)), "has stages, a cap or premiums of its own"),
         (
             lambda: Mixture.shares({"bg": 0.5, "fl": 0.5}).compile(SIZES, 9),
             "'fl', which the store lacks; did you mean 'fi'",
@@ -194,6 +217,12 @@ MIXTURES = [
     Mixture.temperature(0.3, unit="bytes").without("fi", "bg").scale(el=2.5),
     Mixture.unimax(4).only("bg", "fi").scale({"is": 2, "bg": 0.5}),
     Mixture.shares({"fi": 0.25, "bg": 0.75}).stage(at_row=100, mixture=Mixture.proportional()).cap_epochs(3),
+    Mixture.temperature(0.5, over="family", within=Mixture.unimax(3, "bytes", over="language")),
+    Mixture.unimax(2, unit="content", over="language", within=Mixture.shares({"bg": 0.5, "fi": 0.5})),
+    Mixture.shares({"bg": 1}, over="language", within=Mixture.temperature(0)).floor({"bg": 0.1}).floor(0.01),
+    Mixture.proportional().floor(0.2, over="family").floor(0.1, over="language").only("bg", "el").only("el", "fi"),
+    Mixture.proportional("content").content_premiums({"cnr": 1, "fi": 1.5}).cap_epochs(2, excess="redistribute"),
+    Mixture.unimax(1).stage(at_row=10, mixture=Mixture.unimax(2), ramp_rows=5),
 ]
 
 

@@ -80,6 +80,7 @@ def write_run(run, codes=CODES, steps=600):
         "plan.json": {
             "total_rows": steps * batch,
             "sequence_length": length,
+            "stages": [{"start": 0, "shares": shares}],
             "sources": {code: _plan(text[code], shares[code], steps * batch, length, code) for code in codes},
         },
         "evaluation.json": {
@@ -460,3 +461,40 @@ def test_numbers_are_written_as_a_reader_expects():
         for value, words in cases.items():
             assert write(value).replace("\N{NO-BREAK SPACE}", " ") == words
     assert escape("a<b>\t\n\x7f\x9b") == "a&lt;b&gt;\t\n␡�"
+
+
+def test_a_mixture_that_changes_is_drawn_over_the_rows_and_a_static_one_is_not(run):
+    files = write_run(run)
+    assert "How the mixture changes" not in report(run).text
+    plan = files["plan.json"]
+    before, total = plan["stages"][0]["shares"], plan["total_rows"]
+    after = {code: share * (4 if code == "mt" else 1) for code, share in before.items() if code != "bg"}
+    after = {code: share / sum(after.values()) for code, share in after.items()}
+    plan["stages"].append({"start": total // 4, "shares": after})
+    plan["stages"].append({"start": total, "shares": before})  # where the run has ended nothing is drawn
+    (run / "plan.json").write_text(json.dumps(plan))
+    page = report(run)
+    assert {"Bulgarian", "Maltese"} <= set(page.texts["span"])
+    assert f"Bulgarian{share(before['bg'])} → 0.0 %".replace("\N{NO-BREAK SPACE}", " ") in page.text
+    expected = f"Maltese{share(before['mt'])} → {share(after['mt'])}".replace("\N{NO-BREAK SPACE}", " ")
+    assert expected in page.text
+    panels = [attrs["data-share"] for tag, attrs in page.tags if "data-share" in attrs]
+    assert sorted(panels) == sorted(CODES)
+
+    readings = next(
+        json.loads(a["data-hover"])
+        for tag, a in page.tags
+        if "data-hover" in a and "Slavic" in json.loads(a["data-hover"])["rows"]
+    )
+    slavic = [code for code in CODES if LANGUAGES[code].family == "Slavic"]
+    shares = [sum(stage.get(code, 0) for code in slavic) for stage in (before, after)]
+    assert readings["rows"]["Slavic"] == [share(shares[0])] * 2 + [share(shares[1])] * 2
+    assert readings["x"] == [0, 0.25, 0.25, 1]
+    bands = [attrs["d"] for tag, attrs in page.tags if tag == "path" and attrs["class"].startswith("band")]
+    assert len(bands) == len({LANGUAGES[code].family for code in CODES})
+    top = re.match(r"M0\.0,([\d.]+)L", bands[0])
+    assert float(top[1]) == pytest.approx(0, abs=0.1)  # the bands fill the chart: the uppermost edge is 100 %
+    largest = max(
+        {LANGUAGES[c].family for c in CODES}, key=lambda f: sum(before[c] for c in CODES if LANGUAGES[c].family == f)
+    )
+    assert f"{largest} " in " ".join(page.texts["b"])

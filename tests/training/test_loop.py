@@ -13,6 +13,8 @@ import time
 import numpy as np
 import pytest
 
+from eurollm_jax.corpus.parity import Parity
+from eurollm_jax.data.loader import Data, open_data
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.report import write_report
@@ -21,7 +23,7 @@ from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.loop import train
 from eurollm_jax.training.schedule import WSD
-from eurollm_jax.training.step import abstract_params
+from eurollm_jax.training.step import Program, abstract_params
 
 TIMES = {"seconds", "tokens_per_second", "peak_share", "data_wait"}
 
@@ -47,22 +49,37 @@ def assert_same_run(one, other, model):
     assert (one / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
 
 
+RAMP = ((20, 16), (60, 24))
+
+
+@pytest.fixture
+def ramped(experiment):
+    """12 steps: 3 of 8 rows, 3 of 16, 6 of 24, with checkpoints in the second and the third phase."""
+    return dataclasses.replace(experiment, batch_ramp=RAMP)
+
+
+@pytest.fixture
+def undisturbed_ramp(ramped, tmp_path):
+    return train(dataclasses.replace(ramped, runs=str(tmp_path / "undisturbed")), "")
+
+
 @pytest.fixture
 def undisturbed(experiment, tmp_path):
     return train(dataclasses.replace(experiment, runs=str(tmp_path / "undisturbed")), "")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(experiment, undisturbed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(ramped, undisturbed_ramp, tmp_path):
     """SIGKILL as soon as a first checkpoint is committed, at whatever point of the steps that follow."""
     module = tmp_path / "experiments" / "tiny.py"
     module.parent.mkdir()
     module.write_text(
         "from eurollm_jax.experiment import *\n"
         "from eurollm_jax.data.loader import DataConfig\n"
-        f"EXPERIMENT = {experiment!r}\n"
+        "from eurollm_jax.corpus.parity import Parity\n"
+        f"EXPERIMENT = {ramped!r}\n"
     )
     command = [sys.executable, "-m", "eurollm_jax", "train", str(module)]
-    run = experiment.run
+    run = ramped.run
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "4").exists():
@@ -74,8 +91,106 @@ def test_a_killed_run_resumes_to_the_same_bits(experiment, undisturbed, tmp_path
     assert not (run / "evaluation.json").exists()
 
     subprocess.run(command, check=True, capture_output=True)
-    assert_same_run(run, undisturbed, experiment.model)
+    assert_same_run(run, undisturbed_ramp, ramped.model)
     assert any(json.loads(line)["kind"] == "restart" for line in (run / "metrics.jsonl").read_text().splitlines())
+
+
+def noted(monkeypatch):
+    """The (first row, next row, batch) of all steps, as the loader hands them out, and the sizes that are compiled."""
+    read, compiled = [], []
+    loader, compile_train = Data.loader, Program.compile_train
+
+    def noting_rows(self, first_row, *args, **kwargs):
+        for next_row, batch in loader(self, first_row, *args, **kwargs):
+            read.append((first_row, next_row, batch))
+            first_row = next_row
+            yield next_row, batch
+
+    def noting_sizes(self, size, length):
+        compiled.append(size)
+        return compile_train(self, size, length)
+
+    monkeypatch.setattr(Data, "loader", noting_rows)
+    monkeypatch.setattr(Program, "compile_train", noting_sizes)
+    return read, compiled
+
+
+def test_a_ramp_cuts_the_same_rows_into_other_batches(ramped, monkeypatch):
+    read, compiled = noted(monkeypatch)
+    lines = metrics(train(ramped, ""))
+    assert [after - first for first, after, _ in read] == [8] * 3 + [16] * 3 + [24] * 6
+    assert [first for first, _, _ in read] == [0, *(after for _, after, _ in read[:-1])]
+    assert sorted(compiled) == [8, 16, 24]
+    data = open_data(ramped.data, ramped.total_rows)
+    for first, after, batch in read:
+        wanted = sorted(data.batch(row, 1).tokens.tobytes() for row in range(first, after))
+        assert sorted(tokens.tobytes() for tokens in batch.tokens) == wanted
+    ends = [after for _, after, _ in read]
+    learning_rate = ramped.schedule.build(ramped.steps)
+    for line in lines:
+        assert line["row"] == ends[line["step"] - 1]
+        if line["kind"] == "train":
+            assert line["learning_rate"] == pytest.approx(float(learning_rate(line["step"] - 1)))
+    assert lines[-1]["row"] == ramped.total_rows
+
+
+def test_a_ramp_goes_on_from_a_checkpoint_of_its_last_phase(ramped, undisturbed_ramp, monkeypatch):
+    """Where a killed run goes on from is chance; this one does so at step 8."""
+    shutil.copytree(undisturbed_ramp, ramped.run)
+    shutil.rmtree(ramped.run / "checkpoints" / "12")
+    read, compiled = noted(monkeypatch)
+    train(ramped, "")
+    assert [(first, after) for first, after, _ in read] == [(row, row + 24) for row in range(120, 216, 24)]
+    assert compiled == [24]
+    assert_same_run(ramped.run, undisturbed_ramp, ramped.model)
+
+
+def test_every_batch_size_of_a_ramp_must_divide_over_the_devices(ramped):
+    with pytest.raises(UserError, match="a batch of 12 rows does not divide over 8 devices"):
+        train(dataclasses.replace(ramped, batch_ramp=((20, 12),)), "")
+    assert not ramped.run.exists()
+
+
+def test_a_ramp_is_part_of_what_a_run_is(ramped):
+    short = dataclasses.replace(ramped, steps=4)
+    train(short, "")
+    train(dataclasses.replace(short, batch_ramp=(*RAMP, (10_000, 12))), "")  # the run does not come so far
+    with pytest.raises(UserError, match="batch_ramp"):
+        train(dataclasses.replace(short, batch_ramp=()), "")
+
+
+def test_best_fit_rows_train_and_resume(experiment, tmp_path):
+    packed = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, packing="best-fit"))
+    whole = train(dataclasses.replace(packed, runs=str(tmp_path / "whole")), "")
+    shutil.copytree(whole, packed.run)
+    shutil.rmtree(packed.run / "checkpoints" / "12")
+    train(packed, "")
+    assert_same_run(packed.run, whole, packed.model)
+    with pytest.raises(UserError, match=r"data\.packing was best-fit and is concat"):
+        train(experiment, "")
+
+
+def test_where_a_run_reads_from_is_no_part_of_what_it_is(experiment, undisturbed, store, tmp_path):
+    """Its store elsewhere, worker processes, and another limit of parity go on with the run."""
+    shutil.copytree(undisturbed, experiment.run)
+    shutil.rmtree(experiment.run / "checkpoints" / "12")
+    shutil.copytree(store.path, tmp_path / "elsewhere")
+    data = dataclasses.replace(experiment.data, store=(str(tmp_path / "elsewhere"),), workers=1)
+    train(dataclasses.replace(experiment, data=data, parity=Parity(max_premium=9.0)), "")
+    assert_same_run(experiment.run, undisturbed, experiment.model)
+
+
+def test_a_language_beyond_the_limits_of_parity_is_refused(experiment, caplog):
+    strict = dataclasses.replace(experiment, steps=4, parity=Parity(max_premium=1.0))
+    with pytest.raises(UserError, match=r"serves .*bg.* beyond the limits of parity"):
+        train(strict, "")
+    assert not experiment.run.exists()
+    languages = ("bg", "de", "el", "en", "mt")
+    run = train(dataclasses.replace(strict, parity=Parity(max_premium=1.0, allow=languages)), "")
+    assert any("BEYOND THE LIMITS OF PARITY" in record.message and "el" in record.message for record in caplog.records)
+    recorded = json.loads((run / "plan.json").read_text())["parity"]
+    assert "el" in recorded["allowed_beyond"]
+    assert recorded["sources"]["el"]["premium"] > 1
 
 
 def test_the_run_directory_holds_what_it_promises(experiment, undisturbed, heldout):

@@ -31,7 +31,7 @@ def program(config, layout, tokenizer, data, batch_size=8, optimizer=AdamW()):
         config,
         layout,
         optimizer,
-        batch_size=batch_size,
+        batch_sizes=(8, batch_size),
         token_bytes=tokenizer.piece_bytes,
         sources=len(data.source_names),
         z_loss=1e-3,

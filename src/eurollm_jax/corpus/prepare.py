@@ -1,107 +1,196 @@
-"""Documents to a token store: encode every document of a corpus, prove that nothing was lost, and index it."""
+"""Documents to a token store: cut the work into units, do them on all cores or as one task of many, then finalize.
 
-import hashlib
+See `work_plan` for what a unit is and `finalize` for how units become the store.
+"""
+
+import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int32
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eurollm_jax.corpus.encoding import encode_documents
-from eurollm_jax.corpus.folders import differences, fingerprints, new_folder, read_json, write_json
-from eurollm_jax.corpus.sources import Document, corpus_files, read_documents
+from eurollm_jax.corpus.finalize import RESULT_NAME, finalize
+from eurollm_jax.corpus.folders import clear_stale, discard_folder, full_disk_is_named, read_json
+from eurollm_jax.corpus.input_files import change
+from eurollm_jax.corpus.processes import run_jobs
 from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.store_writer import StoreWriter
 from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.unit import STAYS, prepare_unit
+from eurollm_jax.corpus.work_plan import PrepareOptions, WorkPlan, difference_of, make_plan
 from eurollm_jax.errors import UserError
 
-RECORD_NAME = "prepare.json"
-
-_SHOW_EVERY_BYTES = 1_000_000
+__all__ = ["PrepareOptions", "prepare", "prepare_task"]
 
 
-def prepare(inputs: Path, tokenizer: Tokenizer, out: Path, *, threads: int | None = None) -> TokenStore:
-    """Encode the corpus files of `inputs` into a store in folder `out`, one source a language, named by its code.
+def prepare(
+    inputs: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    out: Path,
+    options: PrepareOptions = PrepareOptions(),  # noqa: B008
+    *,
+    workers: int | None = None,
+) -> TokenStore:
+    """Encode the documents of `inputs` (see `sources.find_parts`) into a store in folder `out`.
 
-    Documents keep the order of the files and of the lines in them; each becomes `[bos, *ids, eos]`. `threads` is every
-    core this process may use unless it is given. When `out` holds the store of the same inputs and tokenizer, that is
-    returned and nothing is written.
+    Documents keep the order of the inputs; each becomes `[bos, *ids, eos]`. The work is shared by `workers` processes,
+    by default one for each core this process may use. What an earlier run of the same work has done is not done again.
+    When `out` holds the store of the same inputs, tokenizer and options, that is returned and nothing is written.
 
     Raises UserError for a bad input, with file and line or document; for a document that does not decode to its own
-    text; and when `out` holds something else.
+    text; for a full disk or a worker that was killed; and when `out`, or the work begun beside it, is of other data.
     """
-    threads = threads or len(os.sched_getaffinity(0))
-    files = corpus_files(inputs)
-    record = {"tokenizer": {"tokenizer": tokenizer.sha256}, "inputs": fingerprints(files)}
-    if (out / RECORD_NAME).is_file():
-        return _existing(out, record)
-
-    console = Console(stderr=True)
-    start, bytes_done, bytes_shown = time.monotonic(), 0, 0
-    with new_folder(out) as folder, _progress(console) as progress:
-        writer = StoreWriter(folder, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size)
-        task = progress.add_task("encoding", total=sum(file.stat().st_size for file in files), rate="")
-        for file in files:
-            for document, ids in encode_documents(read_documents(file), tokenizer, threads=threads, where=file):
-                bytes_done += _add(document, ids, file, tokenizer, writer)
-                if bytes_done - bytes_shown >= _SHOW_EVERY_BYTES:
-                    bytes_shown = bytes_done
-                    progress.update(task, rate=_rate(bytes_done, start))
-            progress.advance(task, file.stat().st_size)
-        writer.close()
-        write_json(folder / RECORD_NAME, record)
-    store = TokenStore.open(out)
-    tokens = sum(source.tokens for source in store.sources.values())
-    what = f"{tokens:,} tokens in {len(store.sources)} languages from {_rate(bytes_done, start)}"
-    print(f"{what}: {out}", file=sys.stderr)
-    return store
+    plan = make_plan(_several(inputs), tokenizer, out, options)
+    if (store := _existing(out, plan, options)) is not None:
+        return store
+    try:
+        _do(plan, range(len(plan.units)), tokenizer, options, workers)
+        _check_refused(plan, options)
+        return finalize(out, workers=workers)
+    except (UserError, FileNotFoundError):
+        # Another process that did the same work may have finished it, and removed what we were at.
+        if (store := _existing(out, plan, options)) is not None:
+            return store
+        raise
 
 
-def _add(
-    document: Document, ids: Int32[np.ndarray, " tokens"], file: Path, tokenizer: Tokenizer, writer: StoreWriter
+def prepare_task(
+    inputs: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    out: Path,
+    options: PrepareOptions = PrepareOptions(),  # noqa: B008
+    *,
+    task: int,
+    of: int,
+    workers: int | None = None,
 ) -> int:
-    """Add the document to its language's source, if `ids` decode to its text, and return how many bytes that has."""
-    text = document.text.encode()
-    if tokenizer.decode_bytes(ids) != text:
-        raise UserError(
-            f"{file}, document {document.id} does not decode to its own text with {tokenizer.model_path}; "
-            "train another tokenizer, or remove the document"
-        )
-    tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
-    writer.add(
-        document.language,
-        document,
-        tokens,
-        byte_length=len(text),
-        characters=len(document.text),
-        fallback=int(tokenizer.is_byte[ids].sum()),
-        sha256=hashlib.sha256(text).digest(),
+    """Do the units `task`, `task + of`, ... of the work of `prepare`, and return how many units these are.
+
+    When all tasks, 0 to `of` - 1, have ended, `finalize(out)` makes the store. Raises UserError as `prepare` does.
+    """
+    if not 0 <= task < of:
+        raise UserError(f"there is no task {task} of {of}; tasks are numbered from 0 to {of - 1}")
+    plan = make_plan(_several(inputs), tokenizer, out, options)
+    numbers = range(task, len(plan.units), of)
+    if _existing(out, plan, options) is None:
+        _do(plan, numbers, tokenizer, options, workers)
+        print(f"task {task} of {of} has done its {len(numbers)} of {len(plan.units)} units: {plan.folder}")
+    return len(numbers)
+
+
+def _do(
+    plan: WorkPlan, numbers: Sequence[int], tokenizer: Tokenizer, options: PrepareOptions, workers: int | None
+) -> None:
+    """Do those of the units `numbers` that are not done."""
+    with full_disk_is_named(plan.folder, STAYS):
+        plan.settle()
+    done = {number: record for number in numbers if (record := plan.record(number)) is not None}
+    files = {name: file for file, name in plan.names.items()}
+    for record in done.values():
+        _check_files(f"{plan.folder} was begun with other data", files, record["files"])
+    left = [number for number in numbers if number not in done]
+    cores = len(os.sched_getaffinity(0))
+    workers = max(1, min(workers or cores, len(left)))
+    job = functools.partial(_unit_job, plan, tokenizer, options, max(1, cores // workers))
+    rescue = f"what is done stays in {plan.folder}: run the same command again, with fewer workers"
+    try:
+        with _progress(plan, done, left) as (show, end):
+            for number, text_bytes in run_jobs(job, left, workers=workers, show=show, rescue=rescue):
+                end(number, text_bytes)
+    except BaseException as error:
+        if isinstance(error, FileNotFoundError) and not plan.folder.exists():
+            raise UserError(f"{plan.folder} was removed meanwhile, perhaps by another process; run again") from None
+        plan.abandon()
+        raise
+
+
+def _unit_job(
+    plan: WorkPlan,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    threads: int,
+    number: int,
+    tick: Callable[[int], None],
+) -> tuple[int, int]:
+    return number, prepare_unit(plan, number, tokenizer, options, threads=threads, tick=tick)["bytes"]
+
+
+def _existing(out: Path, plan: WorkPlan, options: PrepareOptions) -> TokenStore | None:
+    """The finished store in `out`, or None if nothing is there. Raises UserError when it is of other data."""
+    if not (out / RESULT_NAME).is_file():
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} is there already; choose another folder or delete it")
+        return None
+    there = read_json(out / RESULT_NAME)
+    if difference := difference_of(there["identity"], plan.identity):
+        raise UserError(f"{out} holds the store of other data: {difference}; choose another folder or delete it")
+    _check_files(
+        f"{out} holds the store of other data", {name: file for file, name in plan.names.items()}, there["files"]
     )
-    return len(text)
-
-
-def _existing(out: Path, record: dict[str, Any]) -> TokenStore:
-    there = read_json(out / RECORD_NAME)
-    difference = [differences(there[part], record[part]) for part in ("tokenizer", "inputs")]
-    if any(difference):
-        raise UserError(
-            f"{out} holds the store of other data: {', '.join(filter(None, difference))}; "
-            "choose another folder or delete it"
-        )
+    if there["refused"] and options.bad_documents == "stop":
+        raise UserError(f"{out} was made without {there['refused']:,} bad documents; ask to skip them, or delete it")
     print(f"{out} holds this store already", file=sys.stderr)
+    discard_folder(plan.folder)  # left behind when the last run was killed right after it had finished the store
+    clear_stale(plan.folder)
     return TokenStore.open(out)
 
 
-def _rate(bytes_done: int, start: float) -> str:
-    megabytes = bytes_done / 1e6
-    return f"{megabytes:.1f} MB of text at {megabytes / (time.monotonic() - start):.1f} MB/s"
+def _check_files(what: str, files: Mapping[str, Path], records: Mapping[str, Any]) -> None:
+    if changes := [found for name, record in records.items() if (found := change(files[name], record))]:
+        raise UserError(f"{what}: {', '.join(changes[:3])}; choose another folder or delete it")
 
 
-def _progress(console: Console) -> Progress:
+def _check_refused(plan: WorkPlan, options: PrepareOptions) -> None:
+    if options.bad_documents == "skip":
+        return
+    for number in range(len(plan.units)):
+        record = plan.record(number)
+        if record and record["refused"]:
+            first = record["refused"][0]["reason"].partition(";")[0]
+            raise UserError(f"{plan.folder} was begun skipping bad documents ({first}); skip them still, or delete it")
+
+
+def _several(inputs: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [inputs] if isinstance(inputs, str | Path) else list(inputs)
+
+
+@contextmanager
+def _progress(
+    plan: WorkPlan, done: Mapping[int, Mapping[str, Any]], left: Sequence[int]
+) -> Iterator[tuple[Callable[[int], None], Callable[[int, int], None]]]:
+    """A bar over the inputs' bytes on disk. Yields what to call with the bytes of text so far, and at a unit's end.
+
+    Within a unit the text says how far it is: compressed inputs run ahead there, by at most the units in progress.
+    """
+    console = Console(stderr=True)
+    sizes = {number: sum(part.bytes for part in plan.units[number]) for number in (*done, *left)}
+    start, ended_bytes, ended_text = time.monotonic(), sum(sizes[number] for number in done), 0
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("encoding", total=sum(sizes.values()), completed=ended_bytes, rate="")
+        largest = max((sizes[number] for number in left), default=0)
+        shown_text = 0
+
+        def show(text: int) -> None:
+            nonlocal shown_text
+            shown_text = max(text, shown_text)
+            megabytes = shown_text / 1e6
+            rate = f"{megabytes:,.1f} MB of text at {megabytes / (time.monotonic() - start + 1e-9):.1f} MB/s"
+            within = min(max(shown_text - ended_text, 0), largest * (os.cpu_count() or 1))
+            bar.update(task, completed=min(ended_bytes + within, sum(sizes.values())), rate=rate)
+
+        def end(number: int, text: int) -> None:
+            nonlocal ended_bytes, ended_text
+            ended_bytes, ended_text = ended_bytes + sizes[number], ended_text + text
+            show(ended_text)
+
+        yield show, end
+    megabytes = ended_text / 1e6
+    if left:
+        rate = megabytes / (time.monotonic() - start)
+        print(f"{megabytes:.1f} MB of text encoded at {rate:.1f} MB/s", file=sys.stderr)

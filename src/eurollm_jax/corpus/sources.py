@@ -1,86 +1,125 @@
-"""Text in: files of several kinds become one stream of `Document`s, each with its language, source and licence.
+"""Text in: inputs of several kinds are cut into parts, and each part is a stream of `Document`s.
 
-Reading streams, so a file may be larger than memory, and everything that is wrong with an input is said with its file
-and line before any later stage sees it.
+A part can be read alone, in any process and in any order, and the parts of an input hold each of its documents once.
+Reading streams, so an input may be larger than memory, and everything that is wrong with one is said with its file and
+position before any later stage sees it.
 """
 
-import difflib
-import hashlib
+import dataclasses
+import functools
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import zstandard
 
+from eurollm_jax.corpus import path_names, text_files, tfds_files
+from eurollm_jax.corpus.documents import Defaults, Document, Fault, Origin, stop_at
+from eurollm_jax.corpus.locate import SUFFIXES, find_inputs
 from eurollm_jax.errors import UserError
-from eurollm_jax.languages import resolve
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".txt")
+__all__ = [
+    "Defaults",
+    "Document",
+    "Fault",
+    "Part",
+    "corpus_files",
+    "find_parts",
+    "part_files",
+    "read_documents",
+    "read_part",
+    "stop_at",
+    "write_documents",
+]
 
-# A folder that holds one of these beside files we can read is refused, for half a corpus would go missing in silence.
-_OTHER_DATA = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet", ".arrow", ".ndjson", ".csv", ".tsv")
 
-_CHUNK_BYTES = 1 << 20
+# Of these pyarrow reads the files, which is imported when there are any.
+_COLUMNAR = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """One text and where it comes from. `language` is a code of `languages.LANGUAGES`; `licence` an SPDX expression;
-    `collected` the date at which it was fetched, as its corpus writes it; `metadata` whatever else its corpus says."""
+class Part:
+    """A piece of one input: the units [first, stop) of `input`, to its end when `stop` is None.
 
-    text: str
-    id: str
-    language: str
-    source: str
-    licence: str
-    url: str = ""
-    collected: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-
-def corpus_files(path: Path) -> list[Path]:
-    """`path` itself, or every file with one of `SUFFIXES` that lies directly in the folder `path`, sorted by name.
-
-    Subfolders are not entered: a corpus keeps its held-out text in one. Raises UserError when there is nothing to read,
-    and for a file of data that we cannot read.
+    Units are bytes of a plain file of lines, row groups of parquet, record batches of an arrow file and examples of a
+    `tfds:` input; every other file is one part. `input` is a file's path or a resolved `tfds:` address, and `bytes` the
+    size on disk of the piece, for progress and balance.
     """
-    if not path.exists():
-        raise UserError(_missing(path))
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path} is of no kind that can be read here; give {_either(SUFFIXES)}")
-        return [path]
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    found = [entry for entry in entries if entry.is_file() and entry.name.endswith(SUFFIXES)]
-    if not found:
-        inside = [entry.name for entry in entries if entry.is_dir() and any(map(_is_supported, entry.iterdir()))]
-        meant = f"did you mean {_either(str(path / name) for name in inside)}?" if inside else ""
-        raise UserError(f"{path} has no {_either(SUFFIXES)} file; {meant or 'give a folder of such files'}")
-    strays = [entry for entry in entries if entry.is_file() and entry not in found and entry.suffix in _OTHER_DATA]
-    if strays:
-        raise UserError(f"{strays[0]} cannot be read here; convert it to {_either(SUFFIXES)} or move it out of {path}")
-    return found
+
+    input: str
+    first: int = 0
+    stop: int | None = None
+    bytes: int = 0
+
+
+def find_parts(given: Sequence[str | Path], *, part_bytes: int = 1 << 28) -> list[Part]:
+    """The parts of all inputs, in the order of their documents, each of about `part_bytes` where its kind can be cut.
+
+    An input is a file, a folder (every file that lies directly in it, sorted by name), a pattern
+    (`data/**/*.jsonl.zst`), a folder saved by Hugging Face datasets, or `tfds:NAME/CONFIG:VERSION?split=train`.
+    Raises UserError for an input that is not there or cannot be read, and for a file that is given twice.
+    """
+    return [part for name in find_inputs(given) for part in _parts(name, part_bytes)]
+
+
+def part_files(part: Part) -> list[Path]:
+    """The files whose content decides what `part` yields."""
+    if not _is_tfds(part):
+        return [Path(part.input)]
+    after = [shard for shard in tfds_files.shards(part.input) if shard.stop > part.first]
+    return [shard.file for shard in after if part.stop is None or shard.first < part.stop]
+
+
+def read_part(part: Part, defaults: Defaults = Defaults(), fault: Fault = stop_at) -> Iterator[Document]:  # noqa: B008
+    """The documents of `part`, in its order.
+
+    `fault` is called with file and position for each document that cannot be used. Raises UserError for what cannot be
+    read on from: a file that is damaged, has other columns, or has no document.
+    """
+    if _is_tfds(part):
+        name, hints = tfds_files.names(part.input)
+        language = next(filter(None, map(path_names.leading_language, hints)), "")
+        origin = Origin(defaults, defaults.source or name, lambda: language)
+        return tfds_files.read_examples(part.input, part.first, part.stop, origin, fault)
+    path = Path(part.input)
+    source = defaults.source or path_names.corpus_of(path, SUFFIXES)
+    origin = Origin(defaults, source, functools.cache(lambda: path_names.language_of(path, SUFFIXES)))
+    if path.name.endswith(text_files.TEXTS):
+        return text_files.read_text(path, origin, fault)
+    if path.suffix not in _COLUMNAR:
+        return text_files.read_lines(path, part.first, part.stop, origin, fault)
+    from eurollm_jax.corpus import columnar
+
+    read = columnar.read_parquet if path.suffix == ".parquet" else columnar.read_arrow
+    return read(path, part.first, part.stop, origin, fault)
+
+
+def corpus_files(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files of one input or several, in the order of their documents; see `find_parts`."""
+    several = [given] if isinstance(given, str | Path) else given
+    return list(dict.fromkeys(file for part in find_parts(several) for file in part_files(part)))
 
 
 def read_documents(
-    path: Path, *, language: str | None = None, source: str | None = None, licence: str | None = None
+    given: str | Path | Sequence[str | Path],
+    *,
+    language: str | None = None,
+    source: str | None = None,
+    licence: str | None = None,
 ) -> Iterator[Document]:
-    """Every document of a file, or of the files of a folder in the order of `corpus_files`.
+    """Every document of one input or several, in order; the first that cannot be used is a UserError.
 
-    A .jsonl line is an object with `text`, and `id`, `language` (or `lang`), `source`, `licence` (or `license`) and
-    `url` where known; other fields are ignored and so are blank lines. A .txt file is one document. The arguments fill
-    in what a document does not say itself; a `language` that contradicts a document's own is an error. Without any, the
-    language of a .txt file is what its name or its folder's begins with (`fr.txt`, `fr-letters.txt`, `fr/letters.txt`),
-    the source is the file's name, the licence "unknown", and the id is made of the source and a hash of the text.
-    Raises UserError, with file and line, for anything that cannot be read whole.
+    The arguments fill in what a document does not say itself; a `language` that contradicts a document's own is an
+    error. Without any, the language is the one that the path names, the source is named after the file or, for one
+    shard of many, its folder, the licence is "unknown", and the id is made of the source and a hash of the text.
     """
-    defaults = _Defaults(resolve(language).code if language is not None else None, source, licence)
-    files = corpus_files(path)
-    return (document for file in files for document in _read_file(file, defaults))
+    defaults = Defaults(language, source, licence)
+    several = [given] if isinstance(given, str | Path) else given
+    parts = find_parts(several)
+    return (document for part in parts for document in read_part(part, defaults))
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> int:
@@ -108,177 +147,48 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class _Defaults:
-    language: str | None
-    source: str | None
-    licence: str | None
+def _parts(name: str, part_bytes: int) -> list[Part]:
+    if name.startswith(tfds_files.SCHEME):
+        shards = tfds_files.shards(name)
+        return _grouped(name, [shard.bytes for shard in shards], [0, *(shard.stop for shard in shards)], part_bytes)
+    path = Path(name)
+    size = path.stat().st_size
+    if size > part_bytes and path.suffix == ".jsonl":
+        ends = [*text_files.line_starts(path, part_bytes), size]
+        return _grouped(name, [end - start for start, end in itertools.pairwise(ends)], ends, 0)
+    if size > part_bytes and path.suffix in _COLUMNAR:
+        from eurollm_jax.corpus import columnar
+
+        sizes = columnar.row_groups(path) if path.suffix == ".parquet" else columnar.record_batches(path)
+        return _grouped(name, sizes, range(len(sizes) + 1), part_bytes)
+    return [Part(name, bytes=size)]
 
 
-def _read_file(path: Path, defaults: _Defaults) -> Iterator[Document]:
-    stem = next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
-    source = defaults.source or stem
-    if path.suffix == ".txt":
-        content = path.read_bytes()
-        text = "\n".join(_decode(line, path, number) for number, line in enumerate(content.split(b"\n"), 1))
-        language = defaults.language or _language_by_name(path)
-        yield _document({"text": text.removeprefix("\ufeff"), "language": language}, str(path), source, defaults)
-        return
-    empty = True
-    for number, line in enumerate(_lines(path), 1):
-        text = _decode(line, path, number)
-        if number == 1:
-            text = text.removeprefix("\ufeff")
-        if not text.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
-            raise UserError(f"{where} is not valid JSON ({reason}); mend or remove the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f'{where} is not a JSON object; each line must be one, such as {{"text": "..."}}')
-        yield _document(record, where, source, defaults)
-        empty = False
-    if empty:
-        raise UserError(f"{path} has no documents; remove the file or fill it")
+def _grouped(name: str, sizes: Sequence[int], ends: Sequence[int], part_bytes: int) -> list[Part]:
+    """Parts of consecutive pieces, each at most `part_bytes` or one piece; piece i is the units [ends[i], ends[i + 1]).
+
+    The last part goes to the end, whatever that is, and an input of no pieces is one part.
+    """
+    cuts = [0]
+    room = part_bytes
+    for piece, size in enumerate(sizes):
+        if size > room and piece > cuts[-1]:
+            cuts.append(piece)
+            room = part_bytes
+        room -= size
+    stops = [*cuts[1:], len(sizes)]
+    parts = [Part(name, ends[i], ends[j], sum(sizes[i:j])) for i, j in zip(cuts, stops, strict=True)]
+    return [*parts[:-1], dataclasses.replace(parts[-1], stop=None)]
 
 
-def _document(record: dict[str, Any], where: str, source: str, defaults: _Defaults) -> Document:
-    text = record.get("text")
-    if text is None:
-        raise UserError(f"{where} has no field 'text'{_did_you_mean('text', record)}")
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field 'text' is a JSON {_json_kind(text)}; it must be a string")
-    if not text.strip():
-        raise UserError(f"{where}: the text is empty; remove it or fill it")
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: the text holds half a surrogate pair, which no UTF-8 can store; mend it") from None
-    source = _field(record, where, "source") or source
-    return Document(
-        text=text,
-        id=_field(record, where, "id") or f"{source}/{hashlib.sha256(encoded).hexdigest()[:16]}",
-        language=_language(record, where, defaults.language),
-        source=source,
-        licence=_field(record, where, "licence", "license") or defaults.licence or "unknown",
-        url=_field(record, where, "url"),
-    )
-
-
-def _language(record: dict[str, Any], where: str, default: str | None) -> str:
-    tag = _field(record, where, "language", "lang")
-    if not tag:
-        if default is None:
-            raise UserError(f'{where} says no language; add a field such as "language": "fr"')
-        return default
-    try:
-        own = resolve(tag).code
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if default is not None and own != default:
-        raise UserError(f"{where} says that its language is {tag!r}, but {default!r} was asked for; mend either")
-    return own
-
-
-def _language_by_name(path: Path) -> str:
-    """The language that the name of a .txt file, or of its folder, begins with."""
-    by_file, by_folder = (_leading_language(name) for name in (path.stem, path.absolute().parent.name))
-    if by_file and by_folder and by_file != by_folder:
-        raise UserError(f"{path} is {by_file!r} by its name and {by_folder!r} by its folder's; rename either")
-    if not (by_file or by_folder):
-        raise UserError(f"{path} says no language; begin its name with a code, as in fr-{path.name}, or use .jsonl")
-    return by_file or by_folder
-
-
-def _leading_language(name: str) -> str:
-    """The code that the longest possible start of `name`, up to a hyphen, an underscore or a dot, stands for; or ""."""
-    ends = [len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] in "-_.")]
-    for start in (name[:end] for end in ends):
-        with suppress(UserError):
-            return resolve(start).code
-    return ""
-
-
-def _field(record: dict[str, Any], where: str, *names: str) -> str:
-    """The first of the fields `names` that is there, as a string; "" when none is."""
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and name == "id":
-            return str(value)
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{where}: field {name!r} is a JSON {_json_kind(value)}; it must be a string")
-        if value:
-            return value
-    return ""
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        if path.suffix != ".zst":
-            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
-            return
-        frame = None  # a file may be several zstd frames, one after the other
-        try:
-            while data := file.read(_CHUNK_BYTES):
-                while data:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(data)
-                    data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        except zstandard.ZstdError as error:
-            raise UserError(f"{path} is not valid zstd ({error}); make or fetch it again") from None
-        if frame is not None:
-            raise UserError(f"{path} is cut off in the middle of a zstd frame; make or fetch it again")
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    rest = b""
-    for chunk in _chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
-        raise UserError(f"{path}, line {number} is not UTF-8 ({byte}); convert the file to UTF-8") from None
+def _is_tfds(part: Part) -> bool:
+    return part.input.startswith(tfds_files.SCHEME)
 
 
 def _to_json(document: Document) -> bytes:
-    record = {"text": document.text, "id": document.id, "language": document.language}
-    record |= {"source": document.source, "licence": document.licence} | ({"url": document.url} if document.url else {})
+    record: dict[str, object] = {"text": document.text, "id": document.id, "language": document.language}
+    record |= {"source": document.source, "licence": document.licence}
+    record |= {"url": document.url} if document.url else {}
+    record |= {"collected": document.collected} if document.collected else {}
+    record |= {"metadata": dict(document.metadata)} if document.metadata else {}
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-
-
-def _missing(path: Path) -> str:
-    while not path.parent.exists():
-        path = path.parent
-    hint = _did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
-    return f"{path} does not exist{hint or '; give a file or folder that does'}"
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _is_supported(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES)
-
-
-def _either(choices: Iterable[str]) -> str:
-    *most, last = choices
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _json_kind(value: object) -> str:
-    kinds = {bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
-    return kinds.get(type(value), "null")

@@ -1,4 +1,4 @@
-"""TokenStore: a corpus as tokens on disk, mapped into memory, with an index that says what every document is.
+"""TokenStore: a corpus as tokens on disk, with an index that says what every document is.
 
 One folder for each source, and a manifest that names each file with its size and hash. The manifest holds nothing but
 what follows from the documents and the tokenizer, so its hash, the fingerprint, is the identity of the data.
@@ -6,16 +6,20 @@ what follows from the documents and the tokenizer, so its hash, the fingerprint,
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8, UInt32
 
-from eurollm_jax.corpus.folders import file_sha256, read_json
+from eurollm_jax.corpus.folders import read_json
+from eurollm_jax.corpus.shards import Shards
 from eurollm_jax.errors import UserError
 
 FORMAT = "eurollm token store"
@@ -23,6 +27,7 @@ VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 _COMPARED_AT_ONCE = 1 << 16
+_HASHED_AT_ONCE = 1 << 22  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ class StoredDocument:
 class Source:
     """One source of a store: all its documents back to back, each `[bos, *ids, eos]`, and their index.
 
-    Files are mapped when first used; picklable, and mapped again after unpickling.
+    Files are opened when first used; picklable, and opened again after unpickling. The tokens are read, the index is
+    mapped into memory.
     """
 
     def __init__(self, folder: Path, name: str, entry: Mapping[str, Any]) -> None:
@@ -53,6 +59,8 @@ class Source:
         self.characters: int = entry["characters"]
         self.fallback: int = entry["fallback"]
         self.dtype = np.dtype(entry["dtype"])
+        self._maps: dict[str, np.ndarray] = {}
+        self._shards = Shards(folder, name, self.dtype, entry["shards"])
 
     def __reduce__(self) -> tuple[type["Source"], tuple[Path, str, Mapping[str, Any]]]:
         return Source, (self._folder, self.name, self._entry)
@@ -60,24 +68,11 @@ class Source:
     def __repr__(self) -> str:
         return f"Source({self.name!r}, documents={self.documents}, tokens={self.tokens}, bytes={self.bytes})"
 
-    @cached_property
-    def _shards(self) -> tuple[list[np.memmap], np.ndarray]:
-        """Each shard's tokens, and where in the stream each begins, and the last ends."""
-        shards = [np.memmap(self._folder / shard["file"], self.dtype, mode="r") for shard in self._entry["shards"]]
-        return shards, np.cumsum([0, *(shard["tokens"] for shard in self._entry["shards"])])
-
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, " tokens"]:
         """Tokens `start` to `stop` of the stream: all documents one after the other."""
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"tokens {start} to {stop} of source {self.name}, which has {self.tokens}")
-        shards, begins = self._shards
-        first = int(np.searchsorted(begins, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            end = min(stop, int(begins[first + 1]))
-            parts.append(shards[first][start - begins[first] : end - begins[first]])
-            start, first = end, first + 1
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        out = np.empty(max(stop - start, 0), self.dtype)
+        self.read_into(out, *np.array([[0], [start], [stop - start]]))
+        return out
 
     def read_into(
         self,
@@ -85,13 +80,21 @@ class Source:
         places: Int64[np.ndarray, " n"],
         starts: Int64[np.ndarray, " n"],
         lengths: Int64[np.ndarray, " n"],
+        after: Shaped[np.ndarray, " n"] | None = None,
     ) -> None:
-        """For each i, `out[places[i] : places[i] + lengths[i]]` becomes the stream from `starts[i]` on.
+        """For each i, `out[places[i] : places[i] + lengths[i]]` becomes the stream from `starts[i]` on, and `after[i]`,
+        if it is asked for, the token that follows.
 
-        `out` is of this source's dtype and contiguous.
+        `out` and `after` are of this source's dtype and contiguous. Raises IndexError for tokens outside of the stream,
+        and UserError, with the file's name, when one of the token files is gone, cut short or unreadable.
         """
-        for place, start, length in zip(places.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            out[place : place + length] = self.read(start, start + length)
+        last = self.tokens - (after is not None)
+        if len(starts) and not (lengths.min() >= 0 and starts.min() >= 0 and (starts + lengths).max() <= last):
+            raise IndexError(f"reads outside of the {self.tokens} tokens of source {self.name}")
+        if {out.dtype, self.dtype if after is None else after.dtype} != {self.dtype}:
+            raise TypeError(f"tokens of source {self.name} are {self.dtype}, and an array is of another type")
+        if len(starts):
+            self._shards.read_into(out, places, starts, lengths, after)
 
     @cached_property
     def offsets(self) -> Int64[np.ndarray, " documents+1"]:
@@ -112,6 +115,21 @@ class Source:
     def origins(self) -> UInt32[np.ndarray, " documents"]:
         """Index of each document's origin in `origin_table`."""
         return self._load("origins")
+
+    @cached_property
+    def url_ends(self) -> Int64[np.ndarray, " documents+1"]:
+        """Where each document's URL ends among the bytes of all; the first entry is 0."""
+        return self._load("urls")
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the documents have ids, hashes, URLs, origins and dates; those of Megatron files have not."""
+        return not self._entry.get("megatron", False)
+
+    @property
+    def megatron_prefix(self) -> Path | None:
+        """The dataset's path without .bin, if this source is one of Megatron's."""
+        return None if self.has_records else Path(self._entry["shards"][0]["file"]).with_suffix("")
 
     @property
     def origin_table(self) -> list[dict[str, Any]]:
@@ -149,7 +167,7 @@ class Source:
     def find(self, document_id: str) -> Int64[np.ndarray, " found"]:
         """Indices of the documents with this id; none when it is not here."""
         wanted = np.frombuffer(document_id.encode(), np.uint8)
-        offsets, blob = self._load("ids"), self._blob("ids")
+        offsets, blob = self._load("ids"), self._mapped("ids.bin")
         candidates = np.flatnonzero(np.diff(offsets) == len(wanted))
         found = [np.empty(0, np.int64)]
         for start in range(0, len(candidates), _COMPARED_AT_ONCE):
@@ -170,15 +188,33 @@ class Source:
         return candidates[(self.sha256[candidates] == wanted).all(axis=1)]
 
     def _load(self, name: str) -> np.ndarray:
-        return np.load(self._folder / f"{name}.npy", mmap_mode="r")
+        if name not in ("offsets", "bytes") and not self.has_records:
+            raise UserError(
+                f"source {self.name} was taken over from Megatron files, which do not say what their documents are; "
+                f"prepare it from text to have its {name}"
+            )
+        return self._mapped(f"{name}.npy")
 
-    def _blob(self, name: str) -> UInt8[np.ndarray, " bytes"]:
-        path = self._folder / f"{name}.bin"
-        return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    def _mapped(self, file: str) -> np.ndarray:
+        """A file of the index, mapped once; its array if it is .npy, else its bytes."""
+        if file not in self._maps:
+            path = self._folder / file
+            if file.endswith(".npy"):
+                self._maps[file] = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a memmap cost more
+            else:  # nothing cannot be mapped
+                self._maps[file] = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        return self._maps[file]
 
     def _string(self, name: str, index: int) -> str:
         start, end = self._load(name)[index : index + 2]
-        return self._blob(name)[start:end].tobytes().decode()
+        return self._mapped(f"{name}.bin")[start:end].tobytes().decode()
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of all that a manifest says beside this hash, which it carries itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    canonical = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class TokenStore:
@@ -191,8 +227,8 @@ class TokenStore:
         self.sources = {name: Source(path / name, name, entry) for name, entry in entries}
 
     @classmethod
-    def open(cls, path: Path) -> "TokenStore":
-        """Open the store in folder `path`, checking that each file is there in its full size.
+    def open(cls, path: Path, *, check: bool = True) -> "TokenStore":
+        """Open the store in folder `path`, checking that each file is there in its full size, unless `check` is False.
 
         Raises UserError when it is missing, is no store or of another version, or a file is not in its full size.
         """
@@ -203,18 +239,20 @@ class TokenStore:
         manifest = read_json(path / MANIFEST_NAME)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"{path} is not a token store: its {MANIFEST_NAME} is of something else")
-        if manifest["version"] != VERSION:
+        if manifest.get("version") != VERSION:
             raise UserError(
-                f"{path} is a token store of version {manifest['version']}, and this program reads version {VERSION}; "
-                "use the program that wrote it, or prepare the store again"
+                f"{path} is a token store of version {manifest.get('version')}, and this program reads version "
+                f"{VERSION}; use the program that wrote it, or prepare the store again"
+            )
+        if manifest.get("sha256") != manifest_sha256(manifest):
+            raise UserError(
+                f"{path / MANIFEST_NAME} is damaged (its own hash does not fit); restore it or prepare the store again"
             )
         store = cls(path, manifest)
-        for file, entry in store._files():
-            size = file.stat().st_size if file.is_file() else None
-            if size is None:
-                raise UserError(f"{file} is missing; prepare the store again")
-            if size != entry["size"]:
-                raise UserError(f"{file} has {size} bytes and should have {entry['size']}; prepare the store again")
+        if check:
+            for file, entry in store._files():
+                if fault := _size_fault(file, entry["size"]):
+                    raise UserError(f"{file} {fault}; prepare the store again")
         return store
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, dict[str, Any]]]:
@@ -229,19 +267,41 @@ class TokenStore:
     def vocab_size(self) -> int:
         return self.manifest["tokenizer"]["vocab_size"]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, in hex. Stores of the same documents and tokenizer have the same."""
-        canonical = json.dumps(self.manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """`manifest_sha256` of the manifest. Stores of the same documents and tokenizer have the same."""
+        return self.manifest["sha256"]
 
-    def verify(self) -> None:
-        """Read and hash every file. Raises UserError naming those that are not as they were written."""
-        damaged = [
-            str(file.relative_to(self.path)) for file, entry in self._files() if file_sha256(file) != entry["sha256"]
+    def verify(self, report: Callable[[int], None] = lambda _: None, threads: int | None = None) -> None:
+        """Read and hash every file.
+
+        Raises UserError that names each file that is missing, cut short or not as it was written. `report` is called
+        with the bytes read since it was last called, by one thread at a time; they add up to `size` for a sound store.
+        `threads` is every core this process may use unless it is given.
+        """
+        lock = Lock()
+
+        def locked(count: int) -> None:
+            with lock:
+                report(count)
+
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+            faults = [*pool.map(lambda file: _file_fault(file[0], file[1], locked), self._files())]
+        found = [
+            f"{self._shown(file)} {fault}" for (file, _), fault in zip(self._files(), faults, strict=True) if fault
         ]
-        if damaged:
-            raise UserError(f"{self.path} is damaged in {', '.join(damaged)}; prepare the store again")
+        if found:
+            raise UserError(
+                f"{self.path} is damaged: {'; '.join(found)}. Restore these files or prepare the store again"
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that the manifest names."""
+        return sum(entry["size"] for _, entry in self._files())
+
+    def _shown(self, file: Path) -> Path:
+        return file.relative_to(self.path) if file.is_relative_to(self.path) else file
 
     def _files(self) -> list[tuple[Path, dict[str, Any]]]:
         return [
@@ -249,3 +309,25 @@ class TokenStore:
             for name, source in self.manifest["sources"].items()
             for file, entry in source["files"].items()
         ]
+
+
+def _size_fault(file: Path, size: int) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    there = file.stat().st_size
+    return None if there == size else f"has {there} bytes and should have {size}"
+
+
+def _file_fault(file: Path, entry: Mapping[str, Any], report: Callable[[int], None]) -> str | None:
+    """What is wrong with a file, as half a sentence."""
+    if fault := _size_fault(file, entry["size"]):
+        return fault
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb", buffering=0) as content:
+            while piece := content.read(_HASHED_AT_ONCE):
+                digest.update(piece)
+                report(len(piece))
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if digest.hexdigest() == entry["sha256"] else "is not as it was written"

@@ -6,18 +6,18 @@ otherwise forgets text is refused when it is loaded.
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64, UInt8
 from sentencepiece import sentencepiece_model_pb2
 
+from eurollm_jax.corpus.words import SPACE_MARK, Words, take
 from eurollm_jax.errors import UserError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
@@ -27,11 +27,14 @@ MODEL_NAME = "tokenizer.model"
 # in its place before encoding, which becomes three byte tokens, and take it back after decoding: both are three bytes
 # of UTF-8, so byte counts stay exact. U+FDD0 is a noncharacter, reserved by Unicode for use inside programs; a text
 # that holds one is refused. hf/tokenizer.py does the same.
-SPACE_MARK = "\u2581"
 STAND_IN = "\ufdd0"
 
-# No piece runs across one of these units, so each distinct one is encoded once a batch.
+# Where no piece runs across one of these units, a text's words can be encoded one by one, and each distinct one once.
 _UNIT = re.compile(" *[^ \n]+| +|\n")
+
+_PART_CHARACTERS = 1 << 22  # what is encoded at once; a longer text is cut where no piece could run across
+_DECODED_TOKENS = 1 << 18  # what is decoded at once
+_LONGEST_RUN = 1 << 24  # characters without such a place: SentencePiece takes 70 bytes of memory for each
 
 # SentencePiece numbers the kinds of its pieces; an unused one stands for nothing, as a control token does.
 _KINDS: dict[int, Literal["text", "control", "byte"]]
@@ -68,7 +71,6 @@ class Tokenizer:
         self.model_path = model_path
         self.model = model
         self.pieces = _parse(model_path, model)
-        self._contents = [piece.content for piece in self.pieces]
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.cuts_at_spaces = all(
             piece.kind != "text" or _UNIT.fullmatch(piece.name.replace(SPACE_MARK, " ")) for piece in self.pieces
@@ -100,7 +102,7 @@ class Tokenizer:
     @cached_property
     def piece_bytes(self) -> Int32[np.ndarray, " vocab"]:
         """How many UTF-8 bytes of text each token stands for; 0 for control tokens."""
-        return np.array([len(content) for content in self._contents], np.int32)
+        return np.array([len(piece.content) for piece in self.pieces], np.int32)
 
     @cached_property
     def is_byte(self) -> Bool[np.ndarray, " vocab"]:
@@ -112,23 +114,50 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[Int32[np.ndarray, " tokens"]]:
-        """`encode` of each text, as views of one array. Many texts at once are far faster than one by one."""
-        numbers: defaultdict[str, int] = defaultdict()
-        numbers.default_factory = numbers.__len__  # a new unit gets the next number
-        units = [self._split(text) for text in texts]
-        occurrences = np.fromiter(map(numbers.__getitem__, chain.from_iterable(units)), np.int64)
+        """`encode` of each text. Many texts at once are far faster than one by one.
 
-        encoded = self._processor.encode(list(numbers), num_threads=threads)
-        lengths = np.array([len(ids) for ids in encoded], np.int64)
-        flat = np.fromiter(chain.from_iterable(encoded), np.int32, lengths.sum())
+        Words that were met before are looked up, so the speed grows over the first megabytes.
+        """
+        for text in texts:
+            if reason := refusal(text):
+                raise UserError(f"the text cannot be encoded: {reason}")
+        cuts = [self._cuts(text) for text in texts]
+        parts = (text[i:j] for text, at in zip(texts, cuts, strict=True) for i, j in pairwise(at))
+        encoded = chain.from_iterable(self._encode(group, threads) for group in _groups(parts))
+        return [_joined([next(encoded) for _ in at[1:]]) for at in cuts]
 
-        # Lay the units' ids one after the other in the order of the text.
-        starts = np.cumsum(lengths) - lengths
-        ends = np.concatenate([[0], np.cumsum(lengths[occurrences])])
-        shift = np.repeat(starts[occurrences] - ends[:-1], lengths[occurrences])
-        ids = flat[np.arange(ends[-1]) + shift]
-        borders = ends[np.cumsum([len(found) for found in units], dtype=np.int64)]
-        return np.split(ids, borders[:-1]) if texts else []
+    def _encode(self, texts: list[str], threads: int) -> list[Int32[np.ndarray, " tokens"]]:
+        """The ids of each text, as views of one array where words are looked up."""
+        texts = [text.replace(SPACE_MARK, STAND_IN) for text in texts]
+        if self.cuts_at_spaces:
+            return self._words.encode(texts, threads)
+        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=threads)]
+
+    def _cuts(self, text: str) -> list[int]:
+        """Where to cut `text` so that its parts' ids are together its own: between characters that no piece has side by
+        side. SentencePiece merges neighbours only into pieces."""
+        cuts = [0]
+        while len(text) - cuts[-1] > _PART_CHARACTERS:
+            best, furthest = cuts[-1] + _PART_CHARACTERS, min(cuts[-1] + _LONGEST_RUN, len(text))
+            places = chain(range(best, cuts[-1], -1), range(best + 1, furthest + 1))
+            place = next((at for at in places if text[at - 1 : at + 1] not in self._neighbours), None)
+            if place is None:
+                raise UserError(
+                    f"the text cannot be encoded: from character {cuts[-1] + 1} on it has {_LONGEST_RUN:,} in which "
+                    "no word ends; remove them"
+                )
+            cuts.append(place)
+        return cuts if cuts[-1] == len(text) > 0 else [*cuts, len(text)]
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        """Pairs of characters that stand side by side in some piece."""
+        names = [piece.name.replace(SPACE_MARK, " ") for piece in self.pieces if piece.kind == "text"]
+        return frozenset(name[i : i + 2] for name in names for i in range(len(name) - 1))
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self._processor)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens are left out, and a cut-off character becomes U+FFFD."""
@@ -136,17 +165,42 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact UTF-8 bytes of `ids`, which may begin or end within a character."""
-        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        if ids.size == 0:
+            return b""
+        if not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {self.vocab_size - 1}")
-        joined = b"".join(map(self._contents.__getitem__, ids.tolist()))
-        return joined.replace(STAND_IN.encode(), SPACE_MARK.encode())
+        content, starts = self._content
+        parts = [take(content, starts[some], self.piece_bytes[some]) for some in _slices(ids)]
+        return b"".join(part.tobytes() for part in parts).replace(STAND_IN.encode(), SPACE_MARK.encode())
 
-    def _split(self, text: str) -> list[str]:
-        if reason := refusal(text):
-            raise UserError(f"the text cannot be encoded: {reason}")
-        text = text.replace(SPACE_MARK, STAND_IN)
-        return _UNIT.findall(text) if self.cuts_at_spaces else [text]
+    @cached_property
+    def _content(self) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " vocab"]]:
+        """The bytes of all pieces one after the other, and where each piece's begin."""
+        lengths = self.piece_bytes.astype(np.int64)
+        return np.frombuffer(b"".join(piece.content for piece in self.pieces), np.uint8), lengths.cumsum() - lengths
+
+
+def _slices(ids: np.ndarray) -> Iterator[np.ndarray]:
+    return (ids[start : start + _DECODED_TOKENS] for start in range(0, len(ids), _DECODED_TOKENS))
+
+
+def _groups(parts: Iterable[str]) -> Iterator[list[str]]:
+    """The parts, several at a time: about `_PART_CHARACTERS` characters."""
+    group: list[str] = []
+    characters = 0
+    for part in parts:
+        group.append(part)
+        characters += len(part)
+        if characters >= _PART_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def refusal(text: str) -> str | None:

@@ -4,21 +4,27 @@ A batch is a pure function of the first row's number, the global batch size and 
 resume, on any number of hosts and with any batch size, is one integer: the next row.
 """
 
+import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int64
 
-from eurollm_jax.corpus.store import TokenStore
+from eurollm_jax.corpus.store import Source, TokenStore
 from eurollm_jax.data.batch import Batch
-from eurollm_jax.data.mixture import Mixture, SourcePlan, SourceSize, plan
+from eurollm_jax.data.batch_sizes import BatchSizes
+from eurollm_jax.data.best_fit import BestFitPacking
+from eurollm_jax.data.groups import SourceSize
+from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.data.order import Order
-from eurollm_jax.data.packing import ConcatPacking, Window, lay_out
+from eurollm_jax.data.packing import ConcatPacking, Packing, lay_out, reads_of
+from eurollm_jax.data.plan import SourcePlan, plan
+from eurollm_jax.data.removal import Removal, Removed, changed_removals, find_removed
 from eurollm_jax.data.schedule import Schedule
 from eurollm_jax.errors import UserError
 
@@ -28,37 +34,59 @@ ORDER_RULE = "Huffman splits, 8 Feistel rounds over splitmix64, batches sorted b
 _BLOCK = 4096  # rows that are located at once: numpy's overhead per call is then shared by many rows
 
 
+Kind = Literal["concat", "best-fit"]
+
+
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """What a run reads."""
 
-    store: str
+    store: str | tuple[str, ...]  # folders; the sources of all are mixed
     mixture: Mixture
     sequence_length: int
     seed: int = 0
+    packing: Kind = "concat"
+    removed: tuple[Removal, ...] = ()
+    workers: int = 0  # processes that read ahead; 0: threads of the training process. No matter for what is read
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        return (self.store,) if isinstance(self.store, str) else self.store
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A token store in the order of a run. Picklable; `source` is an index into `source_names` everywhere."""
+    """Token stores in the order of a run. Picklable; `source` is an index into `source_names` everywhere."""
 
     config: DataConfig
-    store: TokenStore
-    packings: tuple[ConcatPacking, ...]  # one for each source of the store
+    stores: tuple[TokenStore, ...]
+    sources: Mapping[str, Source]  # of all stores, sorted by name
+    packings: tuple[Packing, ...]  # one for each source
     sizes: Mapping[str, SourceSize]
     schedule: Schedule
     order: Order
+    removed: tuple[Removed, ...]
 
     @classmethod
-    def from_store(cls, store: TokenStore, config: DataConfig, total_rows: int) -> "Data":
-        """The opened store, its rows and the compiled mixture for a run of `total_rows` rows."""
+    def from_stores(cls, stores: Sequence[TokenStore], config: DataConfig, total_rows: int) -> "Data":
+        """The opened stores, their rows and the compiled mixture for a run of `total_rows` rows."""
         if config.sequence_length < 1:
             raise UserError(f"sequence_length must be at least 1, not {config.sequence_length}")
-        packings = {name: ConcatPacking(source, config.sequence_length) for name, source in store.sources.items()}
-        sizes = {n: SourceSize(store.sources[n].tokens, store.sources[n].bytes, p.rows) for n, p in packings.items()}
+        packings: dict[str, Packing] = {}
+        for store in stores:
+            for name, source in store.sources.items():
+                if config.packing == "concat":
+                    packings[name] = ConcatPacking(source, config.sequence_length)
+                else:
+                    packings[name] = BestFitPacking.open(source, config.sequence_length, store.path)
+        sources = {name: source for store in stores for name, source in store.sources.items()}
+        sources = dict(sorted(sources.items()))
+        sizes = {n: SourceSize(s.tokens, s.bytes, packings[n].rows, s.language) for n, s in sources.items()}
         schedule = config.mixture.compile(sizes, total_rows)
         order = Order(schedule, {name: size.rows for name, size in sizes.items()}, config.seed)
-        return cls(config, store, tuple(packings[name] for name in schedule.names), sizes, schedule, order)
+        ordered = tuple(packings[name] for name in schedule.names)
+        removed = tuple(find_removed(removal, sources, ordered) for removal in config.removed)
+        return cls(config, tuple(stores), sources, ordered, sizes, schedule, order, removed)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -69,20 +97,35 @@ class Data:
         """What the first `total_rows` rows read of each source."""
         return plan(self.schedule, self.sizes, total_rows)
 
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the data: the store's fingerprint; of several, the SHA-256 of theirs, in hex."""
+        prints = sorted(store.fingerprint for store in self.stores)
+        return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """All that decides which tokens row k holds, as JSON-able values."""
+        packings = {name: packing.describe() for name, packing in zip(self.source_names, self.packings, strict=True)}
+        descriptions = list(packings.values())
+        alike = all(description == descriptions[0] for description in descriptions)
         return {
-            "store": self.store.fingerprint,
+            "store": self.fingerprint,
             "schedule": self.schedule.describe(),
             "seed": self.config.seed,
             "sequence_length": self.config.sequence_length,
-            "packing": "concat",
+            "packing": descriptions[0] if alike else packings,
             "order": ORDER_RULE,
+            "removed": [removed.describe() for removed in self.removed],
         }
 
-    def require_same(self, saved: Mapping[str, Any]) -> None:
-        """UserError that names the differences if `saved`, a checkpoint's `describe()`, is not of the same data."""
-        found = differences(saved, self.describe())
+    def require_same(self, saved: Mapping[str, Any], row: int) -> None:
+        """UserError that names the differences if `saved`, a checkpoint's `describe()`, is not of the same data.
+
+        `row` is the next to be trained on. Removals that begin there or later may be new or gone.
+        """
+        mine = self.describe()
+        found = differences({**saved, "removed": None}, {**mine, "removed": None})
+        found += changed_removals(saved["removed"], mine["removed"], row)
         if found:
             raise UserError(
                 f"the checkpoint was trained on other data: {'; '.join(found)}; restore what differs to go on "
@@ -97,47 +140,67 @@ class Data:
         """
         _check_dealing(first_row, batch_size, host, hosts)
         part = batch_size // hosts
-        chosen = self.order.batch_rows(first_row, batch_size)[host * part : (host + 1) * part] - first_row
+        rows = self.order.batch_rows(first_row, batch_size)[host * part : (host + 1) * part]
         source, row = _located(self.order, first_row, first_row + batch_size)
-        source, row = source[chosen], row[chosen]
-
-        places: dict[int, list[int]] = {}
-        for place, index in enumerate(source.tolist()):
-            places.setdefault(index, []).append(place)
-        windows: dict[int, Window] = {}
-        for index, there in places.items():
-            windows.update(zip(there, self.packings[index].read(row[there]), strict=True))
-        packed = lay_out([windows[i] for i in range(part)], self.config.sequence_length, self.packings[0].pad_id)
-        return Batch(*packed, source.astype(np.int32))
+        source, row = source[rows - first_row], row[rows - first_row]
+        reads = reads_of(self.packings, source, row)
+        batch = lay_out(self.packings, source, reads, self.config.sequence_length)
+        for removed in self.removed:
+            removed.apply(batch, rows, reads)
+        return batch
 
     def loader(
         self,
         first_row: int,
-        batch_size: int,
+        batch_size: int | BatchSizes,
         host: int = 0,
         hosts: int = 1,
         stop_row: int | None = None,
-        prefetch: int = 2,
+        threads: int = 1,
+        ahead: int = 2,
     ) -> Iterator[tuple[int, Batch]]:
-        """(next row, this host's part of the batch), batch after batch, read ahead by `prefetch` threads of Grain.
+        """(next row, this host's part of the batch), batch after batch, through Grain.
 
-        The next row is the whole state: `loader(next_row, ...)` goes on where this one stopped. The last batch is the
-        first that reaches `stop_row` (it may run past it); without `stop_row` there is no last batch.
+        `threads` read ahead by `ahead` batches, or each of `config.workers` processes does. One thread costs the least
+        processor time; more help where a file system is slow to answer. The next row is the whole state:
+        `loader(next_row, ...)` goes on where this one stopped. The last batch is the first that reaches `stop_row` (it
+        may run past it); without `stop_row` there is no last batch. Close the iterator, or let go of it, to end its
+        threads and processes.
         """
-        _check_dealing(first_row, batch_size, host, hosts)
-        if stop_row is None:
-            batches = sys.maxsize
-        else:
-            batches = max(-(-(stop_row - first_row) // batch_size), 0)
-        return _iterate(_Batches(self, first_row, batch_size, host, hosts, batches), prefetch)
+        sizes = (BatchSizes(batch_size) if isinstance(batch_size, int) else batch_size).from_row(first_row)
+        for size in sizes.sizes:
+            _check_dealing(first_row, size, host, hosts)
+        batches = sys.maxsize if stop_row is None else sizes.steps(stop_row)
+        return _iterate(_Batches(self, sizes, host, hosts, batches), self.config.workers, threads, ahead)
 
 
 def open_data(config: DataConfig, total_rows: int) -> Data:
-    """Open the store at `config.store` and arrange it for a run of `total_rows` rows.
+    """Open the stores of `config` and arrange them for a run of `total_rows` rows.
 
-    Raises UserError for a store that cannot be opened and a mixture that it cannot honour.
+    Raises UserError for a store that cannot be opened, stores that do not belong together, and a mixture that they
+    cannot honour.
     """
-    return Data.from_store(TokenStore.open(Path(config.store)), config, total_rows)
+    if not config.stores:
+        raise UserError("the data have no store; name at least one")
+    if config.packing not in get_args(Kind):
+        raise UserError(f"packing is 'concat' or 'best-fit', not {config.packing!r}")
+    if config.workers < 0:
+        raise UserError(f"workers must be 0 or more, not {config.workers}")
+    stores = [TokenStore.open(Path(path)) for path in config.stores]
+    holder: dict[str, TokenStore] = {}
+    for store in stores:
+        if store.tokenizer_sha256 != stores[0].tokenizer_sha256:
+            raise UserError(
+                f"{store.path} and {stores[0].path} were prepared with different tokenizers; prepare one of them again"
+            )
+        for name in store.sources:
+            if name in holder:
+                raise UserError(
+                    f"{holder[name].path} and {store.path} both have a source {name!r}; prepare one of them under "
+                    "another name"
+                )
+            holder[name] = store
+    return Data.from_stores(stores, config, total_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +208,7 @@ class _Batches:
     """Grain's random-access source. An item is a whole batch: Grain's own batching costs several times as much."""
 
     data: Data
-    first_row: int
-    batch_size: int
+    sizes: BatchSizes
     host: int
     hosts: int
     batches: int
@@ -155,15 +217,29 @@ class _Batches:
         return self.batches
 
     def __getitem__(self, step: int) -> tuple[int, Batch]:
-        row = self.first_row + int(step) * self.batch_size
-        return row + self.batch_size, self.data.batch(row, self.batch_size, self.host, self.hosts)
+        row = self.sizes.row_of_step(int(step))
+        size = self.sizes.size_at(row)
+        return row + size, self.data.batch(row, size, self.host, self.hosts)
 
 
-def _iterate(batches: _Batches, prefetch: int) -> Iterator[tuple[int, Batch]]:
-    import grain  # imports jax, which workers and login nodes do without
+def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Iterator[tuple[int, Batch]]:
+    import grain  # imports jax, which login nodes do without
 
-    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-    yield from grain.MapDataset.source(batches).to_iter_dataset(options)
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain asks for one of its flags before it starts processes
+            flags.FLAGS.mark_as_parsed()
+        alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(alone).mp_prefetch(options))
+    else:
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
+        iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(reading))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _located(order: Order, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:

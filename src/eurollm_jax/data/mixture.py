@@ -1,101 +1,94 @@
-"""Mixture: how much of a run each source gets, as an immutable value with algebra, compiled to exact integer row
-shares.
+"""Mixture: how much of a run each source gets, as an immutable value with algebra.
 
-A mixture is written in the unit that the user thinks in (tokens or bytes) and knows no corpus; `compile` meets it
-with the sizes of a store, and refuses by name whatever cannot be honoured.
+A mixture is written in the unit that the user thinks in (tokens, bytes or content) and knows no corpus; `compile` meets
+it with the sizes of a store, and refuses by name whatever cannot be honoured.
 """
 
-import difflib
-import keyword
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
-
-from eurollm_jax.data.schedule import DEVIATION, SHARE_SUM, Schedule, Stage
+from eurollm_jax.data import recipe as recipes
+from eurollm_jax.data.compile import compile_stages
+from eurollm_jax.data.groups import Corpus, SourceSize
+from eurollm_jax.data.recipe import (
+    EpochCap,
+    Excess,
+    Level,
+    Recipe,
+    Rule,
+    Shares,
+    StageRecipe,
+    Temperature,
+    UniMax,
+    Unit,
+)
+from eurollm_jax.data.schedule import Schedule
 from eurollm_jax.errors import UserError
+from eurollm_jax.languages import resolve
 
-Unit = Literal["tokens", "bytes"]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSize:
-    """One epoch of a source: its tokens, its raw UTF-8 bytes, and the rows that its tokens fill."""
-
-    tokens: int
-    bytes: int
-    rows: int
-    language: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Temperature:
-    """Shares in proportion to size ** alpha."""
-
-    alpha: float
-
-
-@dataclass(frozen=True, slots=True)
-class UniMax:
-    """Shares as equal as `max_epochs` epochs of each source allow."""
-
-    max_epochs: float
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """Explicit shares, sorted by name."""
-
-    values: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The mixture of one stage: a rule over the sources that `only` and `without` leave, then factors."""
-
-    rule: Temperature | UniMax | Shares
-    unit: Unit
-    only: frozenset[str] | None = None
-    without: frozenset[str] = frozenset()
-    factors: tuple[tuple[str, float], ...] = ()
+__all__ = ["Level", "Mixture", "SourceSize", "Unit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """Shares of the sources, stage by stage. Make one with the class methods, vary it with the others; each returns a
-    new value, and equal mixtures compare and hash equal."""
+    new value, and equal mixtures compare and hash equal.
 
-    stages: tuple[tuple[int, Recipe], ...]  # (global row from which on, recipe)
-    max_epochs: float | None = None
+    A name is a source's, a language's code or a family's, looked up in this order; a language or a family stands for
+    its sources together. `source:fi`, `language:fi`, `family:Uralic` say which is meant where a name is two things.
+
+    A rule deals shares out `over` families, languages or sources, and the mixture `within` deals each group's share
+    out inside it, without one in proportion to size.
+
+    The order in which operations are written does not matter. Each stage does this: `only` and `without` choose its
+    sources; the rule gives them shares; `scale` multiplies them; `floor` lifts the low ones. Then ramps join the
+    stages, and last `cap_epochs` holds for the whole run. Each operation applies to all stages that are there when it
+    is called.
+    """
+
+    stages: tuple[StageRecipe, ...]
+    cap: EpochCap | None = None
+    premiums: tuple[tuple[str, float], ...] = ()
 
     @classmethod
-    def proportional(cls, unit: Unit = "tokens") -> "Mixture":
+    def proportional(cls, unit: Unit = "tokens", over: Level = "source", within: "Mixture | None" = None) -> "Mixture":
         """Every source in proportion to its size: all reach the end of an epoch together."""
-        return cls.temperature(1.0, unit)
+        return cls.temperature(1.0, unit, over, within)
 
     @classmethod
-    def temperature(cls, alpha: float, unit: Unit = "tokens") -> "Mixture":
+    def temperature(
+        cls, alpha: float, unit: Unit = "tokens", over: Level = "source", within: "Mixture | None" = None
+    ) -> "Mixture":
         """Shares in proportion to size ** alpha: 1 is proportional, 0 uniform (Lample and Conneau 2019, section
         3.1)."""
         _check(math.isfinite(alpha) and alpha >= 0, f"temperature: alpha must be 0 or more, not {alpha}")
-        return cls(((0, Recipe(Temperature(float(alpha)), _unit(unit))),))
+        return _mixture(Temperature(float(alpha)), unit, over, within)
 
     @classmethod
-    def unimax(cls, max_epochs: float, unit: Unit = "tokens") -> "Mixture":
+    def unimax(
+        cls, max_epochs: float, unit: Unit = "tokens", over: Level = "source", within: "Mixture | None" = None
+    ) -> "Mixture":
         """Shares as equal as possible with no source read more than `max_epochs` times (Chung et al. 2023, algorithm
         1).
 
-        The budget is the rows of the stage. Where the paper goes on beyond `max_epochs` once every source is used up,
-        `compile` refuses.
+        The budget is the rows of the stage, and its ramp's. Where the paper goes on beyond `max_epochs` once every
+        source is used up, `compile` refuses. Over groups, a group is full when the first of its sources is.
         """
         _check(math.isfinite(max_epochs) and max_epochs > 0, f"unimax: max_epochs must be above 0, not {max_epochs}")
-        return cls(((0, Recipe(UniMax(float(max_epochs)), _unit(unit))),))
+        return _mixture(UniMax(float(max_epochs)), unit, over, within)
 
     @classmethod
-    def shares(cls, shares: Mapping[str, float], unit: Unit = "tokens") -> "Mixture":
-        """Explicit shares that sum to 1 within 1e-6; sources that are not named get nothing."""
+    def shares(
+        cls,
+        shares: Mapping[str, float],
+        unit: Unit = "tokens",
+        over: Level | None = None,
+        within: "Mixture | None" = None,
+    ) -> "Mixture":
+        """Explicit shares that sum to 1 within 1e-6; sources that are not named get nothing. `over` says what all names
+        are; without it each is looked up. As the mixture within another, shares are relative."""
         for name, share in shares.items():
             _check(math.isfinite(share) and share >= 0, f"shares: {name!r} has the share {share}; give 0 or more")
         total = math.fsum(shares.values())
@@ -103,20 +96,20 @@ class Mixture:
             abs(total - 1) <= 1e-6,
             f"shares: the {len(shares)} shares sum to {total:.9g}, not 1; correct them, or divide each by that sum",
         )
-        return cls(((0, Recipe(Shares(tuple(sorted((n, float(s)) for n, s in shares.items()))), _unit(unit))),))
+        return _mixture(Shares(tuple(sorted((n, float(s)) for n, s in shares.items()))), unit, over, within)
 
     def only(self, *names: str) -> "Mixture":
-        """These sources alone; a rule is applied among them, explicit shares are rescaled."""
+        """These alone; a rule is applied among them, explicit shares are rescaled."""
         _check(names, "only: name at least one source")
-        return self._each(lambda r: replace(r, only=frozenset(names) if r.only is None else r.only & frozenset(names)))
+        return self._each(lambda r: replace(r, only=r.only | {frozenset(names)}))
 
     def without(self, *names: str) -> "Mixture":
-        """All but these sources; a rule is applied among the others, explicit shares are rescaled."""
+        """All but these; a rule is applied among the others, explicit shares are rescaled."""
         return self._each(lambda r: replace(r, without=r.without | frozenset(names)))
 
     def scale(self, factors: Mapping[str, float] | None = None, /, **more: float) -> "Mixture":
-        """Each named source's share times its factor, then all rescaled to sum to 1: `.scale(fi=2)`, or with a mapping
-        where a name is no Python keyword argument: `.scale({"is": 2})`."""
+        """Each named share times its factor, then all rescaled to sum to 1: `.scale(fi=2)`, or with a mapping where a
+        name is no Python keyword argument: `.scale({"is": 2})`."""
         factors = {**(factors or {}), **more}
         for name, factor in factors.items():
             _check(math.isfinite(factor) and factor > 0, f"scale: {name!r} has the factor {factor}; give one above 0")
@@ -129,235 +122,136 @@ class Mixture:
 
         return self._each(scaled)
 
-    def cap_epochs(self, max_epochs: float) -> "Mixture":
-        """The same shares, refused by `compile` if the run would read any source more than `max_epochs` times."""
-        _check(math.isfinite(max_epochs) and max_epochs > 0, f"cap_epochs: give a number above 0, not {max_epochs}")
-        return replace(self, max_epochs=float(max_epochs))
+    def floor(self, floors: Mapping[str, float] | float, over: Level = "source") -> "Mixture":
+        """At least these shares (in the unit of the outermost rule), or one for every group that has any at the level
+        `over`. Who is below is lifted to the floor, the others are lowered by one factor. A second floor replaces the
+        first."""
+        named = floors if isinstance(floors, Mapping) else {}
+        for name, share in (named if isinstance(floors, Mapping) else {f"every {over}": floors}).items():
+            _check(math.isfinite(share) and 0 < share <= 1, f"floor: {name!r} has {share}; give a share above 0, to 1")
+        _check(over in get_args(Level), f"floor: over is {_options(Level)}, not {over!r}")
 
-    def stage(self, *, at_row: int, mixture: "Mixture") -> "Mixture":
-        """From global row `at_row` on, `mixture` instead. A cap stays that of the whole run: set it last."""
-        last = self.stages[-1][0]
-        _check(at_row > last, f"stage: at_row={at_row} does not come after row {last}, at which the last stage starts")
+        def lifted(recipe: Recipe) -> Recipe:
+            if isinstance(floors, Mapping):
+                return replace(recipe, floors=_merged(recipe.floors, named))
+            return replace(recipe, level_floors=_merged(recipe.level_floors, {over: floors}))
+
+        return self._each(lifted)
+
+    def cap_epochs(self, max_epochs: float, excess: Excess = "refuse") -> "Mixture":
+        """No source read more than `max_epochs` times in the whole run (but for the rounding to whole rows).
+
+        A plan over the cap is refused by `compile`; with `excess="redistribute"` the share of a source that is over is
+        multiplied by one factor in all stages, so that the run reads it exactly `max_epochs` times, and what is freed
+        goes to the others of each stage in proportion.
+        """
+        _check(math.isfinite(max_epochs) and max_epochs > 0, f"cap_epochs: give a number above 0, not {max_epochs}")
+        _check(excess in get_args(Excess), f"cap_epochs: excess is {_options(Excess)}, not {excess!r}")
+        return replace(self, cap=EpochCap(float(max_epochs), excess))
+
+    def content_premiums(self, premiums: Mapping[str, float]) -> "Mixture":
+        """Byte premiums by language, for `unit="content"`, in place of those of the language table."""
+        for code, premium in premiums.items():
+            _check(
+                math.isfinite(premium) and premium > 0, f"content_premiums: {code!r} has {premium}; give one above 0"
+            )
+        codes = {resolve(code).code: float(premium) for code, premium in premiums.items()}
+        return replace(self, premiums=_merged(self.premiums, codes))
+
+    def stage(self, *, at_row: int, mixture: "Mixture", ramp_rows: int = 0) -> "Mixture":
+        """From global row `at_row` on, `mixture` instead; with `ramp_rows`, the shares of the rows go there on a
+        straight line in that many. Caps and premiums stay those of the whole run: set them last.
+
+        A ramp is cut into at most 64 pieces of constant shares, a short one into fewer. A source that changes by d
+        over a ramp of w rows in n pieces is, at any row of it, within d * ceil(w / n)**2 / (8 * w) rows of the line,
+        besides the rounding to whole rows (`schedule.DEVIATION` for each piece begun).
+        """
+        last = self.stages[-1]
         _check(
-            len(mixture.stages) == 1 and mixture.max_epochs is None,
-            f"stage: the mixture at row {at_row} has stages or a cap of its own; chain .stage(...) and "
-            ".cap_epochs(...) on the outer mixture",
+            at_row > last.start,
+            f"stage: at_row={at_row} does not come after row {last.start}, at which the last stage starts",
         )
-        return replace(self, stages=(*self.stages, (int(at_row), mixture.stages[0][1])))
+        _check(
+            at_row >= last.start + last.ramp_rows,
+            f"stage: at_row={at_row} lies in the ramp of the last stage, which ends at row "
+            f"{last.start + last.ramp_rows}",
+        )
+        _check(ramp_rows >= 0, f"stage: ramp_rows must be 0 or more, not {ramp_rows}")
+        _check(
+            len(mixture.stages) == 1 and mixture.cap is None and not mixture.premiums,
+            f"stage: the mixture at row {at_row} has stages, a cap or premiums of its own; chain .stage(...), "
+            ".cap_epochs(...) and .content_premiums(...) on the outer mixture",
+        )
+        added = StageRecipe(int(at_row), mixture.stages[0].recipe, int(ramp_rows))
+        return replace(self, stages=(*self.stages, added))
 
     def _each(self, change: Callable[[Recipe], Recipe]) -> "Mixture":
-        return replace(self, stages=tuple((row, change(recipe)) for row, recipe in self.stages))
+        return replace(self, stages=tuple(replace(stage, recipe=change(stage.recipe)) for stage in self.stages))
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """A canonical description as JSON-able values; equal for equal mixtures."""
-        return {"stages": [{"row": row, **_describe(recipe)} for row, recipe in self.stages], "cap": self.max_epochs}
+        stages = [{"row": s.start, "ramp_rows": s.ramp_rows, **recipes.describe(s.recipe)} for s in self.stages]
+        cap = None if self.cap is None else {"max_epochs": self.cap.max_epochs, "excess": self.cap.excess}
+        return {"stages": stages, "cap": cap, "premiums": dict(self.premiums)}
 
     def __repr__(self) -> str:
-        texts = [_expression(recipe) for _, recipe in self.stages]
-        stages = [
-            f".stage(at_row={row}, mixture={text})" for (row, _), text in zip(self.stages[1:], texts[1:], strict=True)
-        ]
-        cap = [] if self.max_epochs is None else [f".cap_epochs({self.max_epochs!r})"]
-        return "".join([texts[0], *stages, *cap])
+        text = recipes.expression(self.stages[0].recipe)
+        for stage in self.stages[1:]:
+            ramp = f", ramp_rows={stage.ramp_rows}" if stage.ramp_rows else ""
+            text += f".stage(at_row={stage.start}, mixture={recipes.expression(stage.recipe)}{ramp})"
+        if self.premiums:
+            text += f".content_premiums({dict(self.premiums)})"
+        if self.cap is not None:
+            excess = "" if self.cap.excess == "refuse" else f", excess={self.cap.excess!r}"
+            text += f".cap_epochs({self.cap.max_epochs!r}{excess})"
+        return text
 
     def compile(self, sizes: Mapping[str, SourceSize], total_rows: int) -> Schedule:
         """Integer row shares for a store of these sizes and a run of `total_rows` rows.
 
-        The run's length sets UniMax's budget and what caps are checked against; the other rules do not depend on it.
-        Raises UserError, by name, for a source that the store lacks or has empty, a share too small to be kept, and a
-        plan over a cap.
+        The run's length sets UniMax's budget and what caps are held against; the other rules do not depend on it.
+        Raises UserError, by name, for what the store lacks or has empty, a share too small to be kept, floors and caps
+        that cannot be held, and a language whose byte premium is needed and not known.
         """
-        _check(total_rows >= 1, f"a run needs at least one row, not {total_rows}")
-        self._check_names(sizes)
-        names = tuple(sorted(sizes))
-        ends = [row for row, _ in self.stages[1:]] + [total_rows]
-        stages = []
-        for (start, recipe), end in zip(self.stages, ends, strict=True):
-            where = f"mixture stage from row {start}" if len(self.stages) > 1 else "mixture"
-            _check(start < end, f"{where}: the run ends at row {total_rows}, before the stage starts")
-            stages.append(Stage(start, _quantise(names, _row_shares(recipe, sizes, end - start, where), where)))
-        schedule = Schedule(names, tuple(stages))
-        given = {names[source] for source in schedule.scheduled}
-        for _, recipe in self.stages:
-            for name in sorted((recipe.only or frozenset()) - recipe.without - given):
-                raise UserError(f"mixture: only({name!r}) keeps a source that has no share in any stage; give it one")
-        if self.max_epochs is not None:
-            _check_cap(schedule, sizes, total_rows, self.max_epochs)
-        return schedule
-
-    def _check_names(self, sizes: Mapping[str, SourceSize]) -> None:
-        for _, recipe in self.stages:
-            named = [name for name, _ in recipe.factors]
-            if isinstance(recipe.rule, Shares):
-                named += [name for name, _ in recipe.rule.values]
-            for name in sorted({*named, *recipe.without, *(recipe.only or ())}):
-                if name not in sizes:
-                    close = difflib.get_close_matches(name, sizes, n=1, cutoff=0.5)
-                    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(sizes))}"
-                    raise UserError(f"the mixture names the source {name!r}, which the store lacks; {hint}")
+        return compile_stages(self.stages, self.cap, Corpus(sizes, dict(self.premiums)), total_rows).schedule
 
 
-def _row_shares(recipe: Recipe, sizes: Mapping[str, SourceSize], rows: int, where: str) -> dict[str, float]:
-    """Share of the stage's rows for each source that has any.
-
-    Shares are stated in the recipe's unit; a source's row holds `amount / rows` of that unit on average, so its share
-    of the rows is its share of the unit divided by that.
-    """
-    explicit = {n: s for n, s in recipe.rule.values if s > 0} if isinstance(recipe.rule, Shares) else None
-    kept = sorted(
-        name
-        for name in (sizes if explicit is None else explicit)
-        if name not in recipe.without and (recipe.only is None or name in recipe.only)
-    )
-    _check(kept, f"{where}: no source is left")
-    amounts = {name: getattr(sizes[name], recipe.unit) for name in kept}
-    empty = [name for name in kept if amounts[name] <= 0 or sizes[name].rows <= 0]
-    _check(not empty, f"{where}: {_listed(empty)} empty in the store; prepare text for it or add {_without(empty)}")
-    match recipe.rule:
-        case Temperature(alpha):
-            largest = max(amounts.values())  # divided out, so that no power can overflow
-            weights = {name: (amounts[name] / largest) ** alpha for name in kept}
-        case UniMax(max_epochs):
-            weights = _unimax(amounts, {name: sizes[name].rows for name in kept}, max_epochs, rows, where)
-        case Shares(values):
-            weights = {name: share for name, share in values if name in amounts}
-    for name, factor in recipe.factors:
-        _check(name in weights, f"{where}: scale names {name!r}, which has no share to scale")
-        weights[name] *= factor
-    per_row = {name: weight * (sizes[name].rows / amounts[name]) for name, weight in weights.items()}
-    total = math.fsum(per_row.values())
-    return {name: share / total for name, share in per_row.items()}
-
-
-def _unimax(
-    amounts: Mapping[str, int], rows_of: Mapping[str, int], max_epochs: float, budget: int, where: str
-) -> dict[str, float]:
-    """What each source gets, in the unit of `amounts`, when `budget` rows are shared out as equally as the caps allow.
-
-    From the smallest source up: an equal part of what is left if the source has that much in `max_epochs` epochs, else
-    all of those. A row's worth differs between sources, so the part is the level at which the rows left are used up.
-    """
-    available = max_epochs * sum(rows_of.values())
+def _mixture(kind: Temperature | UniMax | Shares, unit: Unit, over: Level | None, within: Mixture | None) -> Mixture:
+    """A mixture of one stage with this rule."""
+    _check(unit in get_args(Unit), f"a mixture's unit is {_options(Unit)}, not {unit!r}")
     _check(
-        budget <= available * (1 + 1e-9),
-        f"{where}: unimax({max_epochs:g}) can fill {available:,.0f} rows from this store and is asked for {budget:,}; "
-        "raise max_epochs, add text, or train for fewer rows",
+        over in get_args(Level) or (over is None and isinstance(kind, Shares)),
+        f"a mixture is over {_options(Level)}, not {over!r}",
     )
-    ascending = sorted(amounts, key=lambda name: (amounts[name], name))
-    left, weights = float(budget), {}
-    for i, name in enumerate(ascending):
-        level = left / math.fsum(rows_of[other] / amounts[other] for other in ascending[i:])
-        weights[name] = min(level, max_epochs * amounts[name])
-        left -= weights[name] * rows_of[name] / amounts[name]
-    return weights
+    inside = None if within is None else _rule(within, over)
+    if inside == Rule(Temperature(1.0), unit):
+        inside = None  # what stands there anyway
+    return Mixture((StageRecipe(0, Recipe(Rule(kind, unit, over, inside))),))
 
 
-def _quantise(names: Iterable[str], shares: Mapping[str, float], where: str) -> tuple[int, ...]:
-    """The shares as integers that sum to SHARE_SUM, by largest remainder (equal remainders: the first name)."""
-    exact = {name: share * SHARE_SUM for name, share in shares.items()}
-    whole = {name: math.floor(value) for name, value in exact.items()}
-    missing = SHARE_SUM - sum(whole.values())
-    for name in sorted(exact, key=lambda name: (whole[name] - exact[name], name))[:missing]:
-        whole[name] += 1
-    lost = [name for name in exact if whole[name] == 0]
+def _rule(within: Mixture, over: Level | None) -> Rule:
+    """The rule of a mixture that is to deal out inside the groups of another, which is over `over`."""
+    recipe = within.stages[0].recipe
     _check(
-        not lost,
-        f"{where}: {_listed(lost)} given less than 1 row in {SHARE_SUM:,}, which cannot be honoured; "
-        f"raise the share or add {_without(lost)}",
+        within == Mixture((StageRecipe(0, Recipe(recipe.rule)),)),
+        f"within: {within!r} is more than a rule; apply .scale(...), .floor(...) and the like to the outer mixture",
     )
-    return tuple(whole.get(name, 0) for name in names)
-
-
-def _check_cap(schedule: Schedule, sizes: Mapping[str, SourceSize], total_rows: int, max_epochs: float) -> None:
-    rounding = DEVIATION * len(schedule.stages) + total_rows / SHARE_SUM  # what compiling to integers may add
-    over = [p for p in plan(schedule, sizes, total_rows) if p.rows > max_epochs * sizes[p.name].rows + rounding]
-    listed = ", ".join(f"{p.name} ({p.epochs:.3g})" for p in over)
+    levels = get_args(Level)
     _check(
-        not over,
-        f"mixture: cap_epochs({max_epochs:g}) is exceeded in {total_rows:,} rows by {listed} (epochs in brackets); "
-        "lower these shares, raise the cap, or train for fewer rows",
+        over is None or (over != "source" and levels.index(recipe.rule.over or "source") < levels.index(over)),
+        f"within: a mixture over {recipe.rule.over!r} cannot stand inside one over {over!r}; levels go from 'family' "
+        "over 'language' to 'source'",
     )
+    return recipe.rule
 
 
-@dataclass(frozen=True, slots=True)
-class SourcePlan:
-    """What a run reads of one source."""
-
-    name: str
-    share: float  # of the run's rows
-    rows: int
-    tokens: int  # in proportion to rows: exact at whole epochs
-    bytes: int
-    epochs: float
-    first_repeat: int | None  # the global row at which the second epoch starts, if the run gets there
+def _merged[K](pairs: tuple[tuple[K, float], ...], more: Mapping[K, float]) -> tuple[tuple[K, float], ...]:
+    return tuple(sorted(({**dict(pairs), **{key: float(value) for key, value in more.items()}}).items()))
 
 
-def plan(schedule: Schedule, sizes: Mapping[str, SourceSize], total_rows: int) -> tuple[SourcePlan, ...]:
-    """What the first `total_rows` rows read of every source that has a share, exact and before anything is read."""
-    counts = schedule.counts(total_rows).tolist()
-    plans = []
-    for source in schedule.scheduled:
-        name, rows = schedule.names[source], counts[source]
-        size = sizes[name]
-        repeat = int(schedule.index(np.array(source), np.array(size.rows))) if rows > size.rows else None
-        tokens, octets = rows * size.tokens // size.rows, rows * size.bytes // size.rows
-        plans.append(SourcePlan(name, rows / total_rows, rows, tokens, octets, rows / size.rows, repeat))
-    return tuple(plans)
-
-
-def _describe(recipe: Recipe) -> dict:
-    match recipe.rule:
-        case Temperature(alpha):
-            rule: dict = {"temperature": alpha}
-        case UniMax(max_epochs):
-            rule = {"unimax": max_epochs}
-        case Shares(values):
-            rule = {"shares": dict(values)}
-    return {
-        **rule,
-        "unit": recipe.unit,
-        "only": None if recipe.only is None else sorted(recipe.only),
-        "without": sorted(recipe.without),
-        "scale": dict(recipe.factors),
-    }
-
-
-def _expression(recipe: Recipe) -> str:
-    """The recipe as the Python that makes it."""
-    match recipe.rule:
-        case Temperature(alpha):
-            name, argument = ("proportional", "") if alpha == 1 else ("temperature", repr(alpha))
-        case UniMax(max_epochs):
-            name, argument = "unimax", repr(max_epochs)
-        case Shares(values):
-            name, argument = "shares", repr(dict(values))
-    unit = [] if recipe.unit == "tokens" else [f"unit={recipe.unit!r}"]
-    text = f"Mixture.{name}({', '.join([argument] * bool(argument) + unit)})"
-    if recipe.only is not None:
-        text += f".only({', '.join(map(repr, sorted(recipe.only)))})"
-    if recipe.without:
-        text += _without(recipe.without)
-    if recipe.factors:
-        plain = all(name.isidentifier() and not keyword.iskeyword(name) for name, _ in recipe.factors)
-        keywords = ", ".join(f"{name}={factor!r}" for name, factor in recipe.factors)
-        text += f".scale({keywords if plain else dict(recipe.factors)})"
-    return text
-
-
-def _unit(unit: str) -> Unit:
-    for known in get_args(Unit):
-        if unit == known:
-            return known
-    raise UserError(f"a mixture's unit is 'tokens' or 'bytes', not {unit!r}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def _without(names: Iterable[str]) -> str:
-    return f".without({', '.join(map(repr, sorted(names)))})"
+def _options(literal: Any) -> str:
+    *others, last = map(repr, get_args(literal))
+    return f"{', '.join(others)} or {last}"
 
 
 def _check(condition: object, message: str) -> None:

@@ -1,5 +1,8 @@
 """Packing: fixed-length rows over a source's token stream, by random access, and which documents lie in which row.
 
+A packing says where rows lie (`Lines`); `lay_out` reads them and writes a whole batch at once, whichever sources and
+packings its rows are of.
+
 Concatenation: row r reads the stream's tokens from r * length on and predicts the ones from r * length + 1 on, so every
 token of an epoch but the first is predicted once. What a row does not predict is each document's first token (its bos):
 nothing before it says anything about it.
@@ -7,10 +10,18 @@ nothing before it says anything about it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Int32, Int64
+
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.data.blocks import empty_batch
+
+PAD_ID = 0
+"""Stands in `tokens` and `targets` where a row has nothing; its segment is 0 and its mask False."""
 
 
 class TokenSource(Protocol):
@@ -24,8 +35,8 @@ class TokenSource(Protocol):
     def offsets(self) -> np.ndarray: ...  # int64 [documents + 1]: first token of each document; last, tokens
     def read(self, start: int, stop: int) -> np.ndarray: ...  # tokens of the stream
     def read_into(
-        self, out: np.ndarray, places: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> None: ...  # out[place : place + length] = stream[start : start + length], for each of the n
+        self, out: np.ndarray, places: np.ndarray, starts: np.ndarray, lengths: np.ndarray, after: np.ndarray
+    ) -> None: ...  # out[place : place + length] = stream[start : start + length] for each i, after[i] the next token
 
 
 class Span(NamedTuple):
@@ -56,62 +67,61 @@ class Lines(NamedTuple):
     untargeted_place: Int64[np.ndarray, " untargeted"]
 
 
-class Window(NamedTuple):
-    """One row before it is laid out."""
+class Packing(Protocol):
+    """A source cut into rows of `length` predictions; picklable."""
 
-    tokens: np.ndarray  # unsigned integers [length + 1]: the inputs and the last target; fewer in the stream's last row
-    starts: Int64[
-        np.ndarray, " starts"
-    ]  # places from 1 to `length` at which another document starts, or the stream ends
-
-
-class Rows(NamedTuple):
-    """Packed rows; the fields of `Batch` but for the source."""
-
-    tokens: Int32[np.ndarray, "n length"]
-    targets: Int32[np.ndarray, "n length"]
-    segments: Int32[np.ndarray, "n length"]
-    positions: Int32[np.ndarray, "n length"]
-    mask: Bool[np.ndarray, "n length"]
+    @property
+    def source(self) -> TokenSource: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def rows(self) -> int: ...  # in one epoch
+    def lines(self, rows: np.ndarray) -> Lines: ...  # IndexError for a row outside
+    def documents(self, row: int) -> list[Span]: ...  # among the row's inputs, in order
+    def rows_of(self, document: int) -> Sequence[int]: ...  # the inverse of `documents`
+    def describe(self) -> dict[str, Any]: ...  # what decides the rows, JSON-able
 
 
 @dataclass(frozen=True, slots=True)
 class ConcatPacking:
-    """A source's documents back to back, cut every `length` tokens; the last row is filled up with `pad_id`."""
+    """A source's documents back to back, cut every `length` tokens; the last row is filled up with padding."""
 
     source: TokenSource
     length: int
-    pad_id: int = 0
 
     @property
     def rows(self) -> int:
         """Rows in one epoch."""
         return -(-max(self.source.tokens - 1, 0) // self.length)
 
-    def gather(self, rows: Int64[np.ndarray, " n"]) -> Rows:
-        """The rows, packed."""
-        return lay_out(self.read(rows), self.length, self.pad_id)
-
-    def read(self, rows: Int64[np.ndarray, " n"]) -> list[Window]:
-        """The rows' tokens and document starts, as views of the source."""
-        rows = np.asarray(rows, np.int64)
+    def lines(self, rows: Int64[np.ndarray, " n"]) -> Lines:
+        """One read a row. The stream's last token is a target only."""
         if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} are not all from 0 to {self.rows - 1}")
-        offsets, tokens = np.asarray(self.source.offsets), self.source.tokens
+        offsets = self.source.offsets
         starts = rows * self.length
+        lengths = np.minimum(starts + self.length, self.source.tokens - 1) - starts
+        # The documents that begin after the row's first input and not after its last target.
         first = offsets.searchsorted(starts, side="right")
-        last = offsets.searchsorted(starts + self.length, side="right")
-        return [
-            Window(self.source.read(start, min(start + self.length + 1, tokens)), offsets[a:b] - start)
-            for start, a, b in zip(starts.tolist(), first.tolist(), last.tolist(), strict=True)
-        ]
+        count = offsets.searchsorted(starts + lengths, side="right") - first
+        numbers = np.arange(len(rows))
+        row = np.repeat(numbers, count)
+        before = np.cumsum(count) - count
+        place = offsets[np.arange(len(row)) + np.repeat(first - before, count)] - starts[row]
+        # Every row begins a stretch, and every document among its inputs does.
+        inside = place < lengths[row]
+        stretch_row = np.concatenate([numbers, row[inside]])
+        order = np.argsort(stretch_row, kind="stable")
+        stretch_place = np.concatenate([np.zeros_like(numbers), place[inside]])[order]
+        zeros = np.zeros_like(numbers)
+        return Lines(numbers, zeros, starts, lengths, stretch_row[order], stretch_place, row, place - 1)
 
     def documents(self, row: int) -> list[Span]:
         """The documents among the row's inputs, in order."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} is not below {self.rows}")
         offsets, start = self.source.offsets, row * self.length
-        stop = min(start + self.length, self.source.tokens)
+        stop = min(start + self.length, self.source.tokens - 1)
         spans, at = [], start
         document = int(np.searchsorted(offsets, start, side="right")) - 1
         while at < stop:
@@ -124,40 +134,136 @@ class ConcatPacking:
         """The rows that have any of the document's tokens among their inputs: the inverse of `documents`."""
         if not 0 <= document < len(self.source.offsets) - 1:
             raise IndexError(f"document {document} is not below {len(self.source.offsets) - 1}")
-        begin, end = int(self.source.offsets[document]), int(self.source.offsets[document + 1])
-        # The stream's very last token may be a target only.
-        return range(begin // self.length, min((end - 1) // self.length + 1, self.rows))
+        begin = int(self.source.offsets[document])
+        end = min(int(self.source.offsets[document + 1]), self.source.tokens - 1)
+        return range(begin // self.length, (end - 1) // self.length + 1) if begin < end else range(0)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the rows."""
+        return {"packing": "concat"}
 
 
-def lay_out(windows: Sequence[Window], length: int, pad_id: int) -> Rows:
-    """Inputs, targets, segments, positions and mask of the windows, whichever sources they are from."""
-    n = len(windows)
-    tokens = np.empty((n, length + 1), np.int32)
-    for line, window in zip(tokens, windows, strict=True):
-        line[: len(window.tokens)] = window.tokens
-    row = np.repeat(np.arange(n), [len(window.starts) for window in windows])
-    column = np.concatenate([window.starts for window in windows]) if n else np.empty(0, np.int64)
-    mask = np.ones((n, length), np.bool_)
-    mask[row, column - 1] = False
+class Reads(NamedTuple):
+    """The lines of a batch, source by source: `Lines` with the batch's rows, no longer ascending over all of it."""
 
-    # Tokens fall into stretches, each of one document in one row: every row starts one, and every document in it does.
-    inside = column < length
-    row, column = row[inside], column[inside]
-    row_first = np.searchsorted(row, np.arange(n)) + np.arange(n)  # the number of each row's first stretch
-    begin = np.empty(n + len(row), np.int64)
-    begin[row_first] = np.arange(n) * length
-    begin[np.arange(len(row)) + row + 1] = row * length + column
-    sizes = np.diff(begin, append=n * length)
-    segment = np.arange(1, len(begin) + 1) - row_first[begin // length]
-    segments = np.repeat(segment.astype(np.int32), sizes).reshape(n, length)
-    positions = np.arange(n * length, dtype=np.int32) - np.repeat(begin.astype(np.int32), sizes)
-    positions = positions.reshape(n, length)
+    lines: Lines
+    sources: list[int]  # that occur
+    ends: list[int]  # where the reads of each source end in the arrays of `lines`
 
-    for i, window in enumerate(windows):
-        used = len(window.tokens)
-        if used <= length:  # the stream ends here, and its last token is an input without a target
-            tokens[i, used:] = pad_id
-            mask[i, used - 1 :] = False
-            segments[i, used:] = 0
-            positions[i, used:] = 0
-    return Rows(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), segments, positions, mask)
+
+def reads_of(packings: Sequence[Packing], source: Int64[np.ndarray, " rows"], row: Int64[np.ndarray, " rows"]) -> Reads:
+    """Where row `row[i]` of source `source[i]` lies, for each row i of a batch."""
+    order = np.argsort(source, kind="stable")
+    grouped = source[order]
+    bounds = [0, *(np.flatnonzero(grouped[1:] != grouped[:-1]) + 1).tolist(), len(order)]
+    sources, parts, ends = [], [], [0]
+    for begin, end in pairwise(bounds):
+        if begin == end:
+            continue
+        sources.append(int(grouped[begin]))
+        lines = packings[sources[-1]].lines(row[order[begin:end]])
+        parts.append(
+            lines._replace(
+                read_row=lines.read_row + begin,
+                stretch_row=lines.stretch_row + begin,
+                untargeted_row=lines.untargeted_row + begin,
+            )
+        )
+        ends.append(ends[-1] + len(lines.read_row))
+    empty = np.empty(0, np.int64)
+    joined = Lines(*(np.concatenate(fields) for fields in zip(*parts, strict=True))) if parts else Lines(*[empty] * 8)
+    lines = joined._replace(
+        read_row=order[joined.read_row],
+        stretch_row=order[joined.stretch_row],
+        untargeted_row=order[joined.untargeted_row],
+    )
+    return Reads(lines, sources, ends[1:])
+
+
+def lay_out(packings: Sequence[Packing], source: Int64[np.ndarray, " rows"], reads: Reads, length: int) -> Batch:
+    """The rows as the batch that a train step reads."""
+    n, lines = len(source), reads.lines
+    begin = lines.read_row * length + lines.read_place  # in the batch's places, row after row
+    batch = empty_batch(n, length)
+    batch.source[:] = source
+    tokens, targets, segments, positions, mask = (field.reshape(-1) for field in batch[:5])
+    after = _read(packings, begin, reads, batch)
+    targets[:-1] = tokens[1:]
+    targets[begin + lines.read_length - 1] = after
+    mask.fill(True)
+    mask[lines.untargeted_row * length + lines.untargeted_place] = False
+
+    starts = np.sort(lines.stretch_row * length + lines.stretch_place)
+    sizes = np.diff(starts, append=n * length)
+    in_row = starts // length
+    number = np.arange(1, len(starts) + 1) - np.searchsorted(in_row, np.arange(n))[in_row]
+    # A gap between reads belongs to the stretch before it, if there is one, until it is blanked.
+    first = int(starts[0]) if len(starts) else n * length
+    segments[first:] = np.repeat(number.astype(np.int32), sizes)
+    np.subtract(_ramp(n * length)[first:], np.repeat(starts.astype(np.int32), sizes), out=positions[first:])
+    for gap_begin, gap_end in _gaps(begin, lines.read_length, n * length):
+        blank(batch, gap_begin, gap_end, inputs=True, targets=True)
+    return batch
+
+
+def pack(packings: Sequence[Packing], source: Int64[np.ndarray, " rows"], row: Int64[np.ndarray, " rows"]) -> Batch:
+    """Row `row[i]` of source `source[i]`, packed, for each i; all packings have the same length."""
+    return lay_out(packings, source, reads_of(packings, source, row), packings[0].length)
+
+
+def blank(batch: Batch, begin: int, end: int, *, inputs: bool, targets: bool) -> None:
+    """Turn the places from `begin` to `end`, counted through all rows, into padding: as inputs, as targets, or both."""
+    at = slice(begin, end)
+    if inputs:
+        batch.tokens.reshape(-1)[at] = PAD_ID
+        batch.segments.reshape(-1)[at] = 0
+        batch.positions.reshape(-1)[at] = 0
+    if targets:
+        batch.targets.reshape(-1)[at] = PAD_ID
+    batch.mask.reshape(-1)[at] = False
+
+
+def _read(packings: Sequence[Packing], begin: np.ndarray, reads: Reads, batch: Batch) -> np.ndarray:
+    """Fill in `tokens`, of which read i has those from place `begin[i]` on; the token after each read, int32 [reads].
+
+    Places that no read fills hold anything. Tokens are read into the memory of `targets` as they are on disk.
+    """
+    after = np.empty(len(begin), np.int32)
+    parts = [*zip(reads.sources, [0, *reads.ends], reads.ends, strict=False)]
+    dtypes = {packings[source].source.dtype for source in reads.sources}  # mostly one
+    for dtype in dtypes:
+        if dtype.itemsize <= 4:
+            raw = batch.targets.reshape(-1).view(dtype)[: batch.tokens.size]
+        else:
+            raw = np.empty(batch.tokens.size, dtype)
+        rows = []
+        for source, first, last in parts:
+            stream, some = packings[source].source, slice(first, last)
+            if stream.dtype == dtype:
+                following = np.empty(last - first, dtype)
+                start, length = reads.lines.read_start[some], reads.lines.read_length[some]
+                stream.read_into(raw, begin[some], start, length, following)
+                after[some] = following
+                rows.append(reads.lines.read_row[some])
+        raw = raw.reshape(batch.tokens.shape)
+        if len(dtypes) == 1:
+            batch.tokens[...] = raw
+        else:
+            here = np.unique(np.concatenate(rows))
+            batch.tokens[here] = raw[here]
+    return after
+
+
+def _gaps(begin: np.ndarray, lengths: np.ndarray, places: int) -> list[tuple[int, int]]:
+    """The places from 0 to `places` that no read fills, as (begin, end), ascending."""
+    if int(lengths.sum()) == places:
+        return []
+    order = np.argsort(begin)
+    starts = np.append(begin[order], places)
+    ends = np.concatenate([[0], (begin + lengths)[order]])
+    return [(a, b) for a, b in zip(ends.tolist(), starts.tolist(), strict=True) if a < b]
+
+
+@lru_cache(maxsize=8)
+def _ramp(size: int) -> Int32[np.ndarray, " size"]:
+    return np.arange(size, dtype=np.int32)

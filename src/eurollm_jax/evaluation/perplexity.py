@@ -22,7 +22,7 @@ from jaxtyping import Int
 from eurollm_jax.corpus.store import Source, TokenStore
 from eurollm_jax.corpus.tokenizer import Tokenizer
 from eurollm_jax.data.batch import Batch
-from eurollm_jax.data.packing import ConcatPacking
+from eurollm_jax.data.packing import ConcatPacking, pack
 from eurollm_jax.languages import resolve
 from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
 from eurollm_jax.model.param import Params
@@ -56,9 +56,8 @@ class HeldOut:
         places = ((index, row) for index, count in enumerate(counts) for row in range(count))
         for some in batched(places, self.batch_size):
             missing = (0, self.batch_size - len(some))
-            rows = [packings[index].gather(np.array([row])) for index, row in some]
-            fields = (np.pad(np.concatenate(field), [missing, (0, 0)]) for field in zip(*rows, strict=True))
-            yield Batch._make([*fields, np.pad([index for index, _ in some], missing).astype(np.int32)])
+            batch = pack(packings, *np.array(some).T)
+            yield Batch._make(np.pad(field, [missing, (0, 0)][: field.ndim]) for field in batch)
 
 
 type Measure = Callable[[Params, Batch], SourceSums]

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 
 from eurollm_jax.corpus.folders import write_json
+from eurollm_jax.corpus.parity import ParityReport, languages_of, parity_report
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.tokenizer import Tokenizer
 from eurollm_jax.data.loader import Data, open_data
+from eurollm_jax.data.plan import mixture_plan, share_steps
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import HeldOut, Measure, build_measure, evaluation, measure_heldout
 from eurollm_jax.evaluation.samples import sample
@@ -40,14 +42,27 @@ class Inputs:
     tokenizer: Tokenizer
     data: Data
     heldout: HeldOut
+    parity: ParityReport
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from a run's first step to its last."""
+
+    experiment: Experiment
+    inputs: Inputs
+    layout: Layout
+    program: Program
+    measure: Measure
+    folder: Path
 
 
 def open_inputs(experiment: Experiment) -> Inputs:
-    """Raises UserError where something is missing, or two things do not belong together."""
+    """Raises UserError where something is missing, two things do not belong together, or a language is served badly."""
     tokenizer = Tokenizer.load(Path(experiment.tokenizer))
     data = open_data(experiment.data, experiment.total_rows)
     heldout = TokenStore.open(Path(experiment.heldout))
-    for store in (data.store, heldout):
+    for store in (*data.stores, heldout):
         if store.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
                 f"{store.path} was prepared with another tokenizer than {experiment.tokenizer}: prepare it again."
@@ -57,14 +72,19 @@ def open_inputs(experiment: Experiment) -> Inputs:
             f"the model's vocab_size={experiment.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size}: "
             "change the model, or train another tokenizer."
         )
-    return Inputs(tokenizer, data, HeldOut(heldout, experiment.data.sequence_length, experiment.batch_size))
+    shares = {planned.name: planned.share for planned in data.plan(experiment.total_rows)}
+    parity = parity_report(experiment.parity, data.sources, shares)
+    parity.require()
+    if parity.allowed:
+        log.warning("BEYOND THE LIMITS OF PARITY, and allowed by the experiment: %s", languages_of(parity.allowed))
+    return Inputs(tokenizer, data, HeldOut(heldout, experiment.data.sequence_length, experiment.batch_size), parity)
 
 
 def plan(experiment: Experiment, data: Data) -> dict[str, Any]:
     """What the run will read of each source, before anything is trained."""
     sources = {}
-    for planned in data.plan(experiment.total_rows):
-        source = data.store.sources[planned.name]
+    for planned in mixture_plan(experiment.data.mixture, data.sizes, experiment.total_rows).total:
+        source = data.sources[planned.name]
         sources[planned.name] = {
             "language": source.language,
             **{name: value for name, value in dataclasses.asdict(planned).items() if name != "name"},
@@ -76,6 +96,8 @@ def plan(experiment: Experiment, data: Data) -> dict[str, Any]:
     return {
         "total_rows": experiment.total_rows,
         "sequence_length": experiment.data.sequence_length,
+        "stages": share_steps(data.schedule),
+        "removed": [removed.describe() for removed in data.removed],
         "sources": sources,
     }
 
@@ -91,72 +113,68 @@ def train(experiment: Experiment, docstring: str) -> Path:
         experiment.model,
         layout,
         experiment.optimizer.build(experiment.schedule.build(experiment.steps), weights),
-        batch_size=experiment.batch_size,
+        batch_sizes=experiment.batch_sizes.until(experiment.total_rows).sizes,
         token_bytes=inputs.tokenizer.piece_bytes,
         sources=len(inputs.data.source_names),
         z_loss=experiment.z_loss,
     )
+    measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.store.sources))
     hashes = {
         "tokenizer": inputs.tokenizer.sha256,
-        "store": inputs.data.store.fingerprint,
+        "store": inputs.data.fingerprint,
         "heldout": inputs.heldout.store.fingerprint,
     }
     embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
     facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
-    run = claim_run(experiment, docstring, hashes, facts)
-    write_json(run / "plan.json", plan(experiment, inputs.data))
-    _keep_tokenizer(inputs.tokenizer, run / "tokenizer")
-    with locked(run):
-        _go_on(experiment, inputs, layout, program, run)
-    return run
+    folder = claim_run(experiment, docstring, hashes, facts)
+    write_json(folder / "plan.json", plan(experiment, inputs.data) | {"parity": inputs.parity.describe()})
+    _keep_tokenizer(inputs.tokenizer, folder / "tokenizer")
+    with locked(folder):
+        _go_on(Run(experiment, inputs, layout, program, measure, folder))
+    return folder
 
 
-def _go_on(experiment: Experiment, inputs: Inputs, layout: Layout, program: Program, run: Path) -> None:
+def _go_on(run: Run) -> None:
     """Restores or begins, trains what is left, and evaluates."""
-    checkpoints = Checkpoints(run / "checkpoints", keep=experiment.keep_checkpoints)
+    experiment, data = run.experiment, run.inputs.data
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep=experiment.keep_checkpoints)
     resume_at = checkpoints.latest
     if resume_at is None:
-        state = program.init(jax.random.key(experiment.seed))
-        progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(inputs.data.source_names)}
+        state = run.program.init(jax.random.key(experiment.seed))
+        progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(data.source_names)}
     else:
-        state, progress = checkpoints.restore(program.state)
-        inputs.data.require_same(progress["data"])
-    measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.store.sources))
+        state, progress = checkpoints.restore(run.program.state)
+        data.require_same(progress["data"], progress["row"])
     if resume_at == experiment.steps:
-        log.info("%s is complete: all %d steps are trained", run, experiment.steps)
+        log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
     else:
         for outdated in ("evaluation.json", "samples.json", "report.html"):
-            (run / outdated).unlink(missing_ok=True)
+            (run.folder / outdated).unlink(missing_ok=True)
         with (
-            MetricsWriter(run, resume_at=resume_at or 0, facts=environment()) as writer,
+            MetricsWriter(run.folder, resume_at=resume_at or 0, facts=environment()) as writer,
             Progress(experiment.name, experiment.steps, resume_at or 0) as bar,
         ):
-            recorder = Recorder(experiment, inputs.data, writer, bar, Clock(progress["seconds"]), progress["tokens"])
-            state = _loop(experiment, inputs, layout, program, state, progress["row"], measure, checkpoints, recorder)
+            recorder = Recorder(experiment, data, writer, bar, Clock(progress["seconds"]), progress["tokens"])
+            state = _loop(run, state, progress["row"], checkpoints, recorder)
     checkpoints.close()
-    _conclude(experiment, inputs, layout, measure, state.params, run)
+    _conclude(run, state.params)
 
 
-def _loop(
-    experiment: Experiment,
-    inputs: Inputs,
-    layout: Layout,
-    program: Program,
-    state: TrainState,
-    row: int,
-    measure: Measure,
-    checkpoints: Checkpoints,
-    recorder: Recorder,
-) -> TrainState:
+def _loop(run: Run, state: TrainState, row: int, checkpoints: Checkpoints, recorder: Recorder) -> TrainState:
     """From global row `row` to the last. The metrics of a step are fetched once the next one is under way."""
-    train_step = program.compile_train(experiment.batch_size, experiment.data.sequence_length)
-    batches = inputs.data.loader(row, experiment.batch_size, stop_row=experiment.total_rows)
+    experiment, data, heldout = run.experiment, run.inputs.data, run.inputs.heldout
+    sizes = experiment.batch_sizes.until(experiment.total_rows)
+    # All sizes before the first step: one that does not fit into memory shows now, not weeks later.
+    train_step = {
+        size: run.program.compile_train(size, experiment.data.sequence_length) for size in sizes.from_row(row).sizes
+    }
+    batches = data.loader(row, sizes, stop_row=experiment.total_rows)
     interval: list[StepMetrics] = []
     recorder.clock.restart()
-    for step in range(row // experiment.batch_size + 1, experiment.steps + 1):
+    for step in range(sizes.step_of_row(row) + 1, experiment.steps + 1):
         with recorder.clock.waiting():
             row, batch = next(batches)
-        state, metrics = train_step(state, layout.place_rows(batch))
+        state, metrics = train_step[len(batch.source)](state, run.layout.place_rows(batch))
         if len(interval) == experiment.log_every:
             recorder.train(step - 1, interval)
             interval = []
@@ -172,23 +190,23 @@ def _loop(
             jax.block_until_ready(metrics)
         with recorder.clock.stopped():
             if evaluating:
-                sums = measure_heldout(measure, state.params, inputs.heldout, layout, experiment.evaluate_rows)
-                recorder.heldout(step, inputs.heldout.names, sums)
+                sums = measure_heldout(run.measure, state.params, heldout, run.layout, experiment.evaluate_rows)
+                recorder.heldout(step, heldout.names, sums)
             if saving:
-                checkpoints.save(step, state, {"row": row, "data": inputs.data.describe(), **recorder.progress()})
+                checkpoints.save(step, state, {"row": row, "data": data.describe(), **recorder.progress()})
     return state
 
 
-def _conclude(
-    experiment: Experiment, inputs: Inputs, layout: Layout, measure: Measure, params: Params, run: Path
-) -> None:
+def _conclude(run: Run, params: Params) -> None:
     """The full evaluation and the samples of a trained run, unless they are there."""
-    if not (run / "evaluation.json").exists():
-        sums = measure_heldout(measure, params, inputs.heldout, layout)
-        write_json(run / "evaluation.json", evaluation(inputs.heldout, sums, inputs.tokenizer, experiment.steps))
-    if not (run / "samples.json").exists():
-        sources = list(inputs.heldout.store.sources.values())
-        write_json(run / "samples.json", sample(params, experiment.model, layout, inputs.tokenizer, sources))
+    heldout, tokenizer = run.inputs.heldout, run.inputs.tokenizer
+    if not (run.folder / "evaluation.json").exists():
+        sums = measure_heldout(run.measure, params, heldout, run.layout)
+        write_json(run.folder / "evaluation.json", evaluation(heldout, sums, tokenizer, run.experiment.steps))
+    if not (run.folder / "samples.json").exists():
+        sources = list(heldout.store.sources.values())
+        samples = sample(params, run.experiment.model, run.layout, tokenizer, sources)
+        write_json(run.folder / "samples.json", samples)
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

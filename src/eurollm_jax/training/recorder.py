@@ -23,7 +23,7 @@ class Recorder:
         self, experiment: Experiment, data: Data, writer: MetricsWriter, bar: Progress, clock: Clock, tokens: list[int]
     ) -> None:
         self.clock = clock
-        self._experiment, self._data, self._writer, self._bar = experiment, data, writer, bar
+        self._sizes, self._data, self._writer, self._bar = experiment.batch_sizes, data, writer, bar
         self._tokens = np.array(tokens, np.int64)
         self._learning_rate = experiment.schedule.build(experiment.steps)
         self._flops_per_token = experiment.model.flops_per_token(experiment.data.sequence_length)
@@ -39,7 +39,7 @@ class Recorder:
         seconds, waited = self.clock.lap()
         nats, tokens, byte_counts = (np.sum(np.stack(field), axis=0) for field in zip(*sums, strict=True))
         self._tokens += tokens
-        row = step * self._experiment.batch_size
+        row = self._sizes.row_of_step(step)
         rate = float(tokens.sum()) / seconds
         figures = {
             "loss": float(np.mean(losses)),
@@ -85,7 +85,7 @@ class Recorder:
             {
                 "kind": "evaluation",
                 "step": step,
-                "row": step * self._experiment.batch_size,
+                "row": self._sizes.row_of_step(step),
                 "seconds": self.clock.total,
                 "bits_per_byte": per_source,
                 "macro_bits_per_byte": macro,

@@ -1,6 +1,6 @@
 """The sharded train step: one `jit` from (state, batch) to (state, metrics), over whatever mesh the layout has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,14 +67,16 @@ def build_program(
     layout: Layout,
     optimizer: optax.GradientTransformation,
     *,
-    batch_size: int,
+    batch_sizes: Sequence[int],
     token_bytes: Int[np.ndarray, "V"],
     sources: int,
     z_loss: float,
 ) -> Program:
-    """Compiles nothing yet. `batch_size` is the global one, in rows."""
-    if batch_size % (ways := layout.ways("batch")):
-        raise UserError(f"a batch of {batch_size} rows does not divide over {ways} devices: use a multiple of {ways}.")
+    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows."""
+    ways = layout.ways("batch")
+    for size in batch_sizes:
+        if size % ways:
+            raise UserError(f"a batch of {size} rows does not divide over {ways} devices: use a multiple of {ways}.")
     weights = specs(config)
 
     def init_state(key: PRNGKeyArray) -> TrainState:

@@ -45,9 +45,16 @@ class PlanSource:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareStep:
+    start: int  # global row
+    shares: dict[str, float]  # source -> share of the rows from there to the next step
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     total_rows: int
     sequence_length: int
+    stages: list[ShareStep]
     sources: dict[str, PlanSource]
 
 

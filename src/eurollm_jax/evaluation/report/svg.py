@@ -27,6 +27,7 @@ class Line:
     y: Float[np.ndarray, "N"]
     css: str
     label: str = ""  # written at the last point
+    label_at: float | None = None  # the height to write it at instead, without a dot: a curve that is filled below
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +138,15 @@ def plot(
     words = [f'<span class="y tick" style="top:{percent(1 - y.share(t))}">{escape(y.show(t))}</span>' for t in y.ticks]
     words += [f'<span class="x tick" style="left:{percent(x.share(t))}">{escape(x.show(t))}</span>' for t in x.ticks]
     for line in lines:
-        svg.append(f'<path class="{line.css}" d="{path(line, x, y)}"/>')
+        closed = "" if line.label_at is None else f"V{HEIGHT}H{x.share(float(line.x[0])) * WIDTH:.1f}Z"
+        svg.append(f'<path class="{line.css}" d="{path(line, x, y)}{closed}"/>')
         finite = np.flatnonzero(np.isfinite(line.y))
         if line.label and len(finite):
             end = int(finite[-1])
-            place = f"left:{percent(x.share(float(line.x[end])))};top:{percent(1 - y.share(float(line.y[end])))}"
-            words.append(f'<i class="dot {line.css}" style="{place}"></i>')
+            height = float(line.y[end]) if line.label_at is None else line.label_at
+            place = f"left:{percent(x.share(float(line.x[end])))};top:{percent(1 - y.share(height))}"
+            if line.label_at is None:
+                words.append(f'<i class="dot {line.css}" style="{place}"></i>')
             words.append(f'<b class="end {line.css}" style="{place}">{escape(line.label)}</b>')
     data = ""
     if hover and hover.x:

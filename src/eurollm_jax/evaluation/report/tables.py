@@ -3,6 +3,7 @@
 import math
 
 from eurollm_jax.evaluation.report.frame import STATUS_TITLES, by_status, language_name, missing, section, table_head
+from eurollm_jax.evaluation.report.mixture import mixture_over_time
 from eurollm_jax.evaluation.report.records import Evaluation, LanguageResult, Plan, PlanSource, Run
 from eurollm_jax.evaluation.report.svg import Axis, dumbbell, nice_axis, percent, share_bar
 from eurollm_jax.evaluation.report.text import bits, escape, share, signed_percent, size
@@ -148,6 +149,7 @@ def mixture(run: Run) -> str:
         title,
         f"<p>{run.plan.total_rows:,} rows of {run.plan.sequence_length:,} tokens from {len(sources)} sources. "
         f"{said}</p>",
+        mixture_over_time(run.plan),
         f'{MIXTURE_LEGEND}<div class="scroll"><table class="sortable">{head}<tbody>{rows}</tbody></table></div>',
         '<p class="note">Epochs: how often the planned run passes over all text of the source. First repeat: how far '
         "into the run its text begins to recur.</p>",

@@ -1,0 +1,72 @@
+"""What the commands share: how one is declared, and how an experiment or a run is named on the command line."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from eurollm_jax.errors import UserError
+
+type Subcommands = Any  # argparse's own type of it is private
+
+
+def command(
+    commands: Subcommands, name: str, function: Callable[[argparse.Namespace], int | None], summary: str
+) -> argparse.ArgumentParser:
+    """Adds a command that calls `function` with its arguments."""
+    added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    added.set_defaults(command=function, parser=added)
+    return added
+
+
+def group(commands: Subcommands, name: str, summary: str) -> Subcommands:
+    """Adds a command that has commands of its own."""
+    return commands.add_parser(name, help=summary, description=summary).add_subparsers(required=True, metavar="COMMAND")
+
+
+def with_experiment(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The experiment's file, and after it whatever is to be changed in it."""
+    parser.add_argument("experiment", type=Path, help="a Python file")
+    parser.add_argument(
+        "fields",
+        nargs=argparse.REMAINDER,
+        metavar="--field value",
+        help="what to change in it; --help after the file lists its fields",
+    )
+    return parser
+
+
+def experiment_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The experiment of a file, with the overrides of the command line, and the file's docstring."""
+    import tyro
+
+    from eurollm_jax.experiment import Experiment, load_experiment
+
+    experiment, docstring = load_experiment(arguments.experiment)
+    settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    program = f"{arguments.parser.prog} {arguments.experiment}"
+    return tyro.cli(Experiment, default=experiment, args=arguments.fields, config=settings, prog=program), docstring
+
+
+def trained_model(run: Path):  # type: ignore[no-untyped-def]
+    """Parameters, configuration and tokenizer of a run's newest checkpoint."""
+    from eurollm_jax.corpus.tokenizer import Tokenizer
+    from eurollm_jax.experiment import read_record, recorded_model
+    from eurollm_jax.training.checkpoint import Checkpoints
+    from eurollm_jax.training.step import abstract_params
+
+    config = recorded_model(read_record(run))
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} holds no checkpoint: train the run first.")
+    with closing(Checkpoints(run / "checkpoints", read_only=True)) as checkpoints:
+        params, _ = checkpoints.restore_params(abstract_params(config, one_device()))
+    return params, config, Tokenizer.load(run / "tokenizer")
+
+
+def one_device():  # type: ignore[no-untyped-def]
+    import jax
+
+    from eurollm_jax.parallel.mesh import Layout, MeshConfig
+
+    return Layout(MeshConfig().build(jax.devices()[:1]))

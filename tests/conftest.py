@@ -14,10 +14,10 @@ from random import Random
 
 import pytest
 
-from eurollm_jax.corpus.prepare import prepare
+from eurollm_jax.corpus.preparing.prepare import prepare
 from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.tokenizer import Tokenizer
-from eurollm_jax.corpus.tokenizer_training import train_tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer_training import train_tokenizer
 
 DOCUMENTS = 150
 

@@ -15,7 +15,7 @@ import pytest
 
 from eurollm_jax import __version__
 from eurollm_jax.cli import main
-from eurollm_jax.corpus.sources import read_documents
+from eurollm_jax.corpus.reading.sources import read_documents
 from eurollm_jax.corpus.store import TokenStore
 
 SOURCE = '''"""Can a tiny model be trained from the command line?"""
@@ -46,6 +46,7 @@ EXPERIMENT = Experiment(
     runs="{folder}/runs",
 )
 '''
+KINDS = ".jsonl, .txt (either also as .gz or .zst), .parquet or .arrow"
 GOOD = '{"text": "gut", "language": "de"}\n'
 
 
@@ -274,7 +275,7 @@ BAD_TEXT = [
     ("de.txt", b"gut\ngr\xfcn", "de.txt, line 2 is not UTF-8 (byte 3 of the line is 0xfc); convert the file to UTF-8"),
     ("letters.txt", "gut", "letters.txt says no language; begin its name with a code, as in fr-letters.txt"),
     ("fr/it-works.txt", "gut", "it-works.txt is 'it' by its name and 'fr' by its folder's; rename either"),
-    ("x.csv", "gut", "x.csv is of no kind that can be read here; give .jsonl, .jsonl.zst or .txt"),
+    ("x.csv", "gut", "x.csv is of no kind that can be read here; give .jsonl, .txt (either also as .gz or .zst),"),
 ]
 
 
@@ -298,8 +299,8 @@ def test_text_that_is_missing_is_refused(made, corpus_dir, tmp_path):
     for inputs, said in (
         (corpus_dir / "dee.jsonl", "dee.jsonl does not exist; did you mean 'de.jsonl'?"),
         (tmp_path / "nowhere/at/all", f"{tmp_path / 'nowhere'} does not exist; give a file or folder that does"),
-        (tmp_path / "empty", "empty has no .jsonl, .jsonl.zst or .txt file; give a folder of such files"),
-        (tmp_path / "data", f"data has no .jsonl, .jsonl.zst or .txt file; did you mean {tmp_path / 'data/train'}?"),
+        (tmp_path / "empty", f"empty has no {KINDS} file; give a folder of such files"),
+        (tmp_path / "data", f"data has no {KINDS} file; did you mean {tmp_path / 'data/train'}?"),
     ):
         argv = ("corpus", "prepare", inputs, "--tokenizer", made.folder / "tokenizer", "--out", tmp_path / "store")
         assert said in refusal(tmp_path, *argv)
@@ -363,7 +364,7 @@ BAD_EXPERIMENTS = [
     ('temperature(0.5, "bytes")', 'shares({"de": 0.5, "en": 0.4})', "shares: the 2 shares sum to 0.9, not 1; correct"),
     ('temperature(0.5, "bytes")', 'shares({"de": 0.5, "fr": 0.5})', "the source 'fr', which the store lacks; it has"),
     ('"bytes")', '"bytes").scale(eng=2)', "the source 'eng', which the store lacks; did you mean 'en'?"),
-    ('"bytes")', '"bytse")', "a mixture's unit is 'tokens' or 'bytes', not 'bytse'"),
+    ('"bytes")', '"bytse")', "a mixture's unit is 'tokens', 'bytes' or 'content', not 'bytse'"),
     ("Mixture.t", "Mixtur.t", "bad.py line 9: NameError: name 'Mixtur' is not defined"),
     ("    steps=4", "    stesp=4", "bad.py line 10: TypeError: Experiment.__init__() got an unexpected keyword"),
     ("    steps=4", "    steps=4 4", "bad.py line 20: "),
@@ -500,8 +501,8 @@ def test_export_never_replaces_what_it_did_not_write(made, corpus_dir, tmp_path)
     ("argv", "said"),
     [
         ((), "the following arguments are required: COMMAND"),
-        (("trian", "x.py"), "invalid choice: 'trian' (choose from 'corpus', 'tokenizer', 'train', 'show',"),
-        (("corpus", "prepar"), "invalid choice: 'prepar' (choose from 'starter', 'prepare')"),
+        (("trian", "x.py"), "invalid choice: 'trian' (choose from 'corpus', 'tokenizer', 'mix', 'train',"),
+        (("corpus", "prepar"), "invalid choice: 'prepar' (choose from 'starter', 'prepare', 'finalize',"),
         (("corpus", "prepare", "text"), "the following arguments are required: --tokenizer, --out"),
         (("generate", "run"), "the following arguments are required: --prompt"),
         (("generate", "run", "--prompt", "a", "--temprature", "1"), "--temprature; did you mean --temperature?"),

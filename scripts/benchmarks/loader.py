@@ -50,7 +50,7 @@ def shares() -> dict[str, float]:
 
 def write_store(folder: Path, tokens: int) -> None:
     """About `tokens` random tokens; a source's size goes with the square root of its share."""
-    from eurollm_jax.corpus.sources import Document
+    from eurollm_jax.corpus.reading.sources import Document
     from eurollm_jax.corpus.store_writer import StoreWriter
 
     dice = np.random.default_rng(0)

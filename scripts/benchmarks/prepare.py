@@ -34,10 +34,10 @@ from rich.table import Table
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from eurollm_jax.corpus.prepare import prepare
-from eurollm_jax.corpus.sources import Document, find_parts, read_part, write_documents
-from eurollm_jax.corpus.tokenizer import Tokenizer
-from eurollm_jax.corpus.tokenizer_training import train_tokenizer
+from eurollm_jax.corpus.preparing.prepare import prepare
+from eurollm_jax.corpus.reading.sources import Document, find_parts, read_part, write_documents
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer_training import train_tokenizer
 from eurollm_jax.hf.tokenizer import write_hf_tokenizer
 
 LANGUAGES = ("en", "de", "fr", "fi", "pl", "hu", "el", "bg", "uk", "ka", "mt", "tr")

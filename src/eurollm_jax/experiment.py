@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from eurollm_jax.corpus.folders import write_json
-from eurollm_jax.corpus.parity import Parity
+from eurollm_jax.corpus.tokenizing.parity import Parity
 from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.data.loader import DataConfig, differences
 from eurollm_jax.data.mixture import Mixture

@@ -19,9 +19,9 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from eurollm_jax.corpus import work_plan
-from eurollm_jax.corpus.prepare import PrepareOptions, prepare, prepare_task
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.preparing import work_plan
+from eurollm_jax.corpus.preparing.prepare import PrepareOptions, prepare, prepare_task
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 OPTIONS = PrepareOptions(deduplicate=True)

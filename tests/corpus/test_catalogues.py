@@ -7,7 +7,15 @@ import struct
 
 import pytest
 
-from eurollm_jax.corpus.catalogues import Message, in_script, is_english, line_keys, prose, read_catalogue, sameness
+from eurollm_jax.corpus.starter.catalogues import (
+    Message,
+    in_script,
+    is_english,
+    line_keys,
+    prose,
+    read_catalogue,
+    sameness,
+)
 
 PO = r"""
 # A translator's note

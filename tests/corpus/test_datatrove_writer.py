@@ -9,9 +9,9 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.filters import LambdaFilter
 from datatrove.pipeline.readers import ParquetReader
 
-from eurollm_jax.corpus.datatrove_writer import TokenStoreWriter
-from eurollm_jax.corpus.finalize import finalize
-from eurollm_jax.corpus.work_plan import PrepareOptions
+from eurollm_jax.corpus.preparing.datatrove_writer import TokenStoreWriter
+from eurollm_jax.corpus.preparing.finalize import finalize
+from eurollm_jax.corpus.preparing.work_plan import PrepareOptions
 from eurollm_jax.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eurollm_jax.corpus.duplicates import later_duplicates
+from eurollm_jax.corpus.preparing.duplicates import later_duplicates
 
 # Units of sources of texts; the same few texts come again and again. Texts 8 and up share their hash's first 8 bytes.
 UNITS = st.lists(st.lists(st.lists(st.integers(0, 12), max_size=8), max_size=3), min_size=1, max_size=5)

@@ -19,10 +19,10 @@ from eurollm_jax.corpus.inspect import (
 )
 from eurollm_jax.corpus.megatron import export_megatron
 from eurollm_jax.corpus.megatron_import import import_megatron
-from eurollm_jax.corpus.sources import Document
+from eurollm_jax.corpus.reading.sources import Document
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.store_writer import StoreWriter
-from eurollm_jax.corpus.tokenizer_training import train_tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer_training import train_tokenizer
 from eurollm_jax.errors import UserError
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eurollm_jax.corpus import megatron, megatron_import
 from eurollm_jax.corpus.megatron import export_megatron, read_index
 from eurollm_jax.corpus.megatron_import import import_megatron, path_languages, source_names
-from eurollm_jax.corpus.sources import read_documents
+from eurollm_jax.corpus.reading.sources import read_documents
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.errors import UserError
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from eurollm_jax.corpus.parity import Parity, parity_report
+from eurollm_jax.corpus.tokenizing.parity import Parity, parity_report
 from eurollm_jax.errors import UserError
 from eurollm_jax.languages import LANGUAGES
 

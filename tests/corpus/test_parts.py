@@ -17,7 +17,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eurollm_jax.corpus.sources import Defaults, Part, corpus_files, find_parts, part_files, read_documents, read_part
+from eurollm_jax.corpus.reading.sources import (
+    Defaults,
+    Part,
+    corpus_files,
+    find_parts,
+    part_files,
+    read_documents,
+    read_part,
+)
 from eurollm_jax.errors import UserError
 
 FINNISH = Defaults(language="fi")
@@ -198,7 +206,7 @@ def test_inputs_that_cannot_be_meant(tmp_path, monkeypatch, given, said):
 def test_tables_and_tfds_are_only_imported_for_such_inputs(tmp_path):
     (tmp_path / "fi.jsonl").write_text('{"text": "a"}')
     code = (
-        "import sys; from eurollm_jax.corpus.sources import read_documents; "
+        "import sys; from eurollm_jax.corpus.reading.sources import read_documents; "
         f"print(len(list(read_documents({str(tmp_path)!r}))), "
         "[name for name in ('pyarrow', 'tensorflow_datasets', 'datasets', 'jax') if name in sys.modules])"
     )

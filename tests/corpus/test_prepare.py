@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from eurollm_jax.corpus.folders import new_folder
-from eurollm_jax.corpus.prepare import prepare
+from eurollm_jax.corpus.preparing.prepare import prepare
 from eurollm_jax.errors import UserError
 
 

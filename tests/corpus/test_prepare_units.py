@@ -15,10 +15,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from eurollm_jax.corpus import encoding, work_plan
-from eurollm_jax.corpus.finalize import finalize
-from eurollm_jax.corpus.prepare import PrepareOptions, prepare, prepare_task
-from eurollm_jax.corpus.sources import Defaults, read_documents
+from eurollm_jax.corpus.preparing import encoding, work_plan
+from eurollm_jax.corpus.preparing.finalize import finalize
+from eurollm_jax.corpus.preparing.prepare import PrepareOptions, prepare, prepare_task
+from eurollm_jax.corpus.reading.sources import Defaults, read_documents
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.store_writer import StoreWriter
 from eurollm_jax.errors import UserError
@@ -281,8 +281,9 @@ def test_a_full_disk_is_named_and_what_is_done_stays(corpus_dir, tokenizer, stor
     write(inputs / "el.jsonl", [{"text": "μεγάλο κείμενο " * 20_000, "language": "el"}])
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from eurollm_jax.corpus import work_plan; work_plan.UNIT_BYTES = (20_000, 20_000)\n"
-        "from eurollm_jax.corpus.prepare import prepare; from eurollm_jax.corpus.tokenizer import Tokenizer\n"
+        "from eurollm_jax.corpus.preparing import work_plan; work_plan.UNIT_BYTES = (20_000, 20_000)\n"
+        "from eurollm_jax.corpus.preparing.prepare import prepare\n"
+        "from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "prepare(Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), workers=1)"
     )
@@ -318,7 +319,8 @@ def test_a_document_of_200_megabytes_needs_less_than_2_gigabytes(tokenizer, tmp_
     write(tmp_path / "in.jsonl", [{"text": text, "language": "mt", "id": "big"}, {"text": "x", "language": "mt"}])
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from eurollm_jax.corpus.prepare import prepare; from eurollm_jax.corpus.tokenizer import Tokenizer\n"
+        "from eurollm_jax.corpus.preparing.prepare import prepare\n"
+        "from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer\n"
         "prepare(Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), workers=1)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from eurollm_jax.corpus.sources import Defaults, Document, find_parts, read_documents, read_part
+from eurollm_jax.corpus.reading.sources import Defaults, Document, find_parts, read_documents, read_part
 from eurollm_jax.errors import UserError
 
 HPLT_2 = {

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import zstandard
 
-from eurollm_jax.corpus.sources import Document, corpus_files, read_documents, write_documents
+from eurollm_jax.corpus.reading.sources import Document, corpus_files, read_documents, write_documents
 from eurollm_jax.errors import UserError
 
 DOCUMENTS = [

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from eurollm_jax.corpus.packages import Package
-from eurollm_jax.corpus.sources import Document, read_documents
-from eurollm_jax.corpus.starter import (
+from eurollm_jax.corpus.reading.sources import Document, read_documents
+from eurollm_jax.corpus.starter.build import (
     HELDOUT_LEAST,
     HELDOUT_MOST,
     HELDOUT_SHARE,
@@ -25,6 +24,7 @@ from eurollm_jax.corpus.starter import (
     split_heldout,
     summary_table,
 )
+from eurollm_jax.corpus.starter.packages import Package
 from eurollm_jax.errors import UserError
 from eurollm_jax.languages import official
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eurollm_jax.corpus.sources import Document
+from eurollm_jax.corpus.reading.sources import Document
 from eurollm_jax.corpus.store import Source, TokenStore
 from eurollm_jax.corpus.store_writer import StoreWriter
 from eurollm_jax.errors import UserError

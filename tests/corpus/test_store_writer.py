@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from eurollm_jax.corpus.documents import Document
+from eurollm_jax.corpus.reading.documents import Document
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.store_writer import StoreWriter
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eurollm_jax.corpus.sources import Defaults, find_parts, read_documents, read_part
+from eurollm_jax.corpus.reading.sources import Defaults, find_parts, read_documents, read_part
 from eurollm_jax.errors import UserError
 
 datasets.disable_progress_bars()
@@ -210,7 +210,7 @@ def test_a_saved_dataset_without_one_of_its_files_is_refused_and_cached_files_ar
 
 def test_saved_datasets_are_read_without_the_library(saved):
     code = (
-        "import sys; from eurollm_jax.corpus.sources import read_documents; "
+        "import sys; from eurollm_jax.corpus.reading.sources import read_documents; "
         f"print(len(list(read_documents({str(saved / 'hplt/fi')!r}))), 'datasets' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

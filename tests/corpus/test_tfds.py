@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from eurollm_jax.corpus.sources import Defaults, Document, find_parts, part_files, read_documents, read_part
+from eurollm_jax.corpus.reading.sources import Defaults, Document, find_parts, part_files, read_documents, read_part
 from eurollm_jax.errors import UserError
 
 ROWS = 120
@@ -140,7 +140,7 @@ def test_a_damaged_and_a_missing_file_are_named(tmp_path):
 
 def test_tensorflow_is_not_imported(data_dir):
     code = (
-        "import sys; from eurollm_jax.corpus.sources import read_documents; "
+        "import sys; from eurollm_jax.corpus.reading.sources import read_documents; "
         f"count = len(list(read_documents('tfds:letters/fi?split=train&data_dir={data_dir}'))); "
         "print(count, 'tensorflow_datasets' in sys.modules, 'tensorflow' in sys.modules)"
     )

@@ -13,10 +13,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eurollm_jax.corpus import tokenizer as tokenizers
-from eurollm_jax.corpus import words
-from eurollm_jax.corpus.sources import read_documents
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.reading.sources import read_documents
+from eurollm_jax.corpus.tokenizing import tokenizer as tokenizers
+from eurollm_jax.corpus.tokenizing import words
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 ODD = [

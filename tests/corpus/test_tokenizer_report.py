@@ -7,8 +7,8 @@ import shutil
 import pytest
 from rich.console import Console
 
-from eurollm_jax.corpus.sources import read_documents
-from eurollm_jax.corpus.tokenizer_report import report_json, report_table, tokenizer_report
+from eurollm_jax.corpus.reading.sources import read_documents
+from eurollm_jax.corpus.tokenizing.tokenizer_report import report_json, report_table, tokenizer_report
 from eurollm_jax.languages import LANGUAGES
 
 

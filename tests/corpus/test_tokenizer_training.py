@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from eurollm_jax.corpus.tokenizer import Tokenizer
-from eurollm_jax.corpus.tokenizer_training import draw_sample, language_bytes, sample_sizes, train_tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer_training import draw_sample, language_bytes, sample_sizes, train_tokenizer
 from eurollm_jax.errors import UserError
 
 

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eurollm_jax.corpus.sources import read_documents, write_documents
-from eurollm_jax.corpus.tokenizer_training import train_tokenizer
+from eurollm_jax.corpus.reading.sources import read_documents, write_documents
+from eurollm_jax.corpus.tokenizing.tokenizer_training import train_tokenizer
 from eurollm_jax.data.loader import DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.data.raw_text import texts

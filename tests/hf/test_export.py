@@ -209,7 +209,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.hf.export import export
 from eurollm_jax.hf.load import load
 

@@ -8,8 +8,8 @@ import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer
 
-from eurollm_jax.corpus.sources import read_documents
-from eurollm_jax.corpus.tokenizer_training import train_tokenizer
+from eurollm_jax.corpus.reading.sources import read_documents
+from eurollm_jax.corpus.tokenizing.tokenizer_training import train_tokenizer
 from eurollm_jax.hf.tokenizer import write_hf_tokenizer
 
 ODD = [

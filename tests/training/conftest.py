@@ -2,7 +2,7 @@
 
 import pytest
 
-from eurollm_jax.corpus.prepare import prepare
+from eurollm_jax.corpus.preparing.prepare import prepare
 from eurollm_jax.data.loader import DataConfig
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.experiment import Experiment

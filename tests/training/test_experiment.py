@@ -7,7 +7,7 @@ import json
 import pytest
 
 from eurollm_jax.cli.arguments import experiment_of
-from eurollm_jax.corpus.parity import Parity
+from eurollm_jax.corpus.tokenizing.parity import Parity
 from eurollm_jax.data.removal import Removal
 from eurollm_jax.errors import UserError
 from eurollm_jax.experiment import claim_run, encode, identity, read_record, recorded_model

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from eurollm_jax.corpus.parity import Parity
+from eurollm_jax.corpus.tokenizing.parity import Parity
 from eurollm_jax.data.loader import Data, open_data
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
@@ -75,7 +75,7 @@ def test_a_killed_run_resumes_to_the_same_bits(ramped, undisturbed_ramp, tmp_pat
     module.write_text(
         "from eurollm_jax.experiment import *\n"
         "from eurollm_jax.data.loader import DataConfig\n"
-        "from eurollm_jax.corpus.parity import Parity\n"
+        "from eurollm_jax.corpus.tokenizing.parity import Parity\n"
         f"EXPERIMENT = {ramped!r}\n"
     )
     command = [sys.executable, "-m", "eurollm_jax", "train", str(module)]

@@ -51,7 +51,7 @@ def experiment_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def
 
 def trained_model(run: Path):  # type: ignore[no-untyped-def]
     """Parameters, configuration and tokenizer of a run's newest checkpoint."""
-    from eurollm_jax.corpus.tokenizer import Tokenizer
+    from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
     from eurollm_jax.experiment import read_record, recorded_model
     from eurollm_jax.training.checkpoint import Checkpoints
     from eurollm_jax.training.step import abstract_params

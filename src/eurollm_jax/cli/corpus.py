@@ -78,14 +78,14 @@ def add(commands: Subcommands) -> None:
 
 
 def _starter(arguments: argparse.Namespace) -> None:
-    from eurollm_jax.corpus.starter import build_starter, summary_table
+    from eurollm_jax.corpus.starter.build import build_starter, summary_table
 
     Console().print(summary_table(build_starter(arguments.out, arguments.cache)))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from eurollm_jax.corpus.prepare import PrepareOptions, prepare, prepare_task
-    from eurollm_jax.corpus.tokenizer import Tokenizer
+    from eurollm_jax.corpus.preparing.prepare import PrepareOptions, prepare, prepare_task
+    from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 
     if (arguments.task is None) != (arguments.of is None):
         raise UserError("--task and --of belong together: --task 3 --of 16 does the fourth of sixteen tasks")
@@ -116,7 +116,7 @@ def _fields(pairs: list[str]) -> dict[str, str]:
 
 
 def _finalize(arguments: argparse.Namespace) -> None:
-    from eurollm_jax.corpus.finalize import finalize
+    from eurollm_jax.corpus.preparing.finalize import finalize
 
     finalize(arguments.out, workers=arguments.workers)
 
@@ -150,8 +150,8 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _text(arguments: argparse.Namespace) -> None:
-    from eurollm_jax.corpus.sources import write_documents
-    from eurollm_jax.corpus.tokenizer import Tokenizer
+    from eurollm_jax.corpus.reading.sources import write_documents
+    from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
     from eurollm_jax.data.loader import open_data
     from eurollm_jax.data.raw_text import texts
 
@@ -165,7 +165,7 @@ def _text(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from eurollm_jax.corpus.megatron_import import import_megatron
-    from eurollm_jax.corpus.tokenizer import Tokenizer
+    from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
     from eurollm_jax.data.datamix import import_datamix
 
     tokenizer = Tokenizer.load(arguments.tokenizer)

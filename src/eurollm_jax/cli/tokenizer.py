@@ -23,7 +23,7 @@ def add(commands: Subcommands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from eurollm_jax.corpus.tokenizer_training import train_tokenizer
+    from eurollm_jax.corpus.tokenizing.tokenizer_training import train_tokenizer
 
     tokenizer = train_tokenizer(arguments.inputs, arguments.out, vocab_size=arguments.vocab_size, alpha=arguments.alpha)
     print(f"{arguments.out}: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:12]}")
@@ -31,8 +31,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from eurollm_jax.corpus.folders import write_json
-    from eurollm_jax.corpus.tokenizer import Tokenizer
-    from eurollm_jax.corpus.tokenizer_report import report_json, report_table, tokenizer_report
+    from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
+    from eurollm_jax.corpus.tokenizing.tokenizer_report import report_json, report_table, tokenizer_report
 
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"{arguments.json.parent} is not a folder: make it, or name another file for the figures.")

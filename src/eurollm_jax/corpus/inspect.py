@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from eurollm_jax.corpus.blocklist import Blocklist
-from eurollm_jax.corpus.documents import did_you_mean
+from eurollm_jax.corpus.reading.documents import did_you_mean
 from eurollm_jax.corpus.store import Source, TokenStore
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 from eurollm_jax.languages import LANGUAGES
 

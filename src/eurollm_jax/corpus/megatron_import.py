@@ -20,11 +20,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from eurollm_jax.corpus.folders import file_sha256, new_folder
 from eurollm_jax.corpus.megatron import bin_file, read_index
-from eurollm_jax.corpus.path_names import tag_language
-from eurollm_jax.corpus.processes import run_jobs
+from eurollm_jax.corpus.preparing.processes import run_jobs
+from eurollm_jax.corpus.reading.path_names import tag_language
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.store_writer import write_manifest
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 from eurollm_jax.languages import resolve
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from eurollm_jax.corpus.folders import file_sha256, write_json
-from eurollm_jax.corpus.sources import Document
+from eurollm_jax.corpus.reading.sources import Document
 from eurollm_jax.corpus.store import FORMAT, MANIFEST_NAME, VERSION, manifest_sha256
 
 SHARD_TOKENS = 1 << 32

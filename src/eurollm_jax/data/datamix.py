@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eurollm_jax.corpus.megatron_import import import_megatron, path_languages, source_names
 from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.data.mixture import Mixture, SourceSize
 from eurollm_jax.data.schedule import Schedule
 from eurollm_jax.errors import UserError

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 from rich.progress import track
 
-from eurollm_jax.corpus.documents import Document
+from eurollm_jax.corpus.reading.documents import Document
 from eurollm_jax.corpus.store import Source
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.data.loader import Data
 from eurollm_jax.data.removal import Removed
 from eurollm_jax.errors import UserError

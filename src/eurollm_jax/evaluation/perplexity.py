@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eurollm_jax.corpus.store import Source, TokenStore
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.packing import ConcatPacking, pack
 from eurollm_jax.languages import resolve

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eurollm_jax.corpus.store import Source
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.evaluation.generate import generate
 from eurollm_jax.model.param import Params
 from eurollm_jax.model.transformer import TransformerConfig

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from eurollm_jax.corpus.folders import write_json
-from eurollm_jax.corpus.tokenizer import SPACE_MARK, STAND_IN, Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import SPACE_MARK, STAND_IN, Tokenizer
 
 _SPECIAL = {"unk_token": 0, "bos_token": 1, "eos_token": 2, "pad_token": 3}
 

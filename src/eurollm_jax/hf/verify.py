@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from rich.table import Table
 
 from eurollm_jax.corpus.folders import file_sha256
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 from eurollm_jax.hf.export import HASHES_NAME, recorded_hashes
 from eurollm_jax.hf.load import load, read_object

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from eurollm_jax.corpus.folders import write_json
-from eurollm_jax.corpus.parity import ParityReport, languages_of, parity_report
 from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.tokenizing.parity import ParityReport, languages_of, parity_report
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.data.loader import Data, open_data
 from eurollm_jax.data.plan import mixture_plan, share_steps
 from eurollm_jax.errors import UserError

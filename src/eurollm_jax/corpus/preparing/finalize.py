@@ -13,15 +13,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from eurollm_jax.corpus.duplicates import later_duplicates
 from eurollm_jax.corpus.folders import discard_folder, full_disk_is_named, new_folder, read_json, write_json
-from eurollm_jax.corpus.input_files import change, merged
-from eurollm_jax.corpus.merge import Piece, merge_source
-from eurollm_jax.corpus.processes import run_jobs
+from eurollm_jax.corpus.preparing.duplicates import later_duplicates
+from eurollm_jax.corpus.preparing.input_files import change, merged
+from eurollm_jax.corpus.preparing.merge import Piece, merge_source
+from eurollm_jax.corpus.preparing.processes import run_jobs
+from eurollm_jax.corpus.preparing.unit import STAYS
+from eurollm_jax.corpus.preparing.work_plan import WorkPlan, work_folder
 from eurollm_jax.corpus.store import MANIFEST_NAME, TokenStore
 from eurollm_jax.corpus.store_writer import SHARD_TOKENS, write_manifest
-from eurollm_jax.corpus.unit import STAYS
-from eurollm_jax.corpus.work_plan import WorkPlan, work_folder
 from eurollm_jax.errors import UserError
 
 RESULT_NAME, REFUSED_NAME = "prepare.json", "refused.jsonl"

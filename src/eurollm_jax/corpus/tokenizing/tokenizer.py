@@ -17,7 +17,7 @@ import sentencepiece
 from jaxtyping import Bool, Int32, Int64, UInt8
 from sentencepiece import sentencepiece_model_pb2
 
-from eurollm_jax.corpus.words import SPACE_MARK, Words, take
+from eurollm_jax.corpus.tokenizing.words import SPACE_MARK, Words, take
 from eurollm_jax.errors import UserError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3

@@ -10,9 +10,9 @@ from jaxtyping import Int64
 from rich import box
 from rich.table import Table
 
-from eurollm_jax.corpus.encoding import encode_documents
-from eurollm_jax.corpus.sources import corpus_files, read_documents
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.preparing.encoding import encode_documents
+from eurollm_jax.corpus.reading.sources import corpus_files, read_documents
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.languages import LANGUAGES
 
 

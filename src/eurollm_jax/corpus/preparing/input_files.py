@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eurollm_jax.corpus.sources import Part, part_files
+from eurollm_jax.corpus.reading.sources import Part, part_files
 from eurollm_jax.errors import UserError
 
 _CHUNK_BYTES = 1 << 22

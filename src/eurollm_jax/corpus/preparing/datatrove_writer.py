@@ -12,11 +12,11 @@ from datatrove.data import Document as TroveDocument
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from eurollm_jax.corpus.documents import Document, Origin, document
 from eurollm_jax.corpus.folders import discard_folder, full_disk_is_named
-from eurollm_jax.corpus.tokenizer import Tokenizer
-from eurollm_jax.corpus.unit import STAYS, Refusals, write_unit
-from eurollm_jax.corpus.work_plan import PrepareOptions, WorkPlan, work_folder
+from eurollm_jax.corpus.preparing.unit import STAYS, Refusals, write_unit
+from eurollm_jax.corpus.preparing.work_plan import PrepareOptions, WorkPlan, work_folder
+from eurollm_jax.corpus.reading.documents import Document, Origin, document
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 

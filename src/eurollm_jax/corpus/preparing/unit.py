@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from eurollm_jax.corpus.blocklist import Blocklist
-from eurollm_jax.corpus.documents import Document
-from eurollm_jax.corpus.encoding import Incoming, encode_for_store, text_sha256
 from eurollm_jax.corpus.folders import full_disk_is_named, raced_folder, write_json
-from eurollm_jax.corpus.input_files import Record, check_still, read_records
-from eurollm_jax.corpus.sources import read_part
+from eurollm_jax.corpus.preparing.encoding import Incoming, encode_for_store, text_sha256
+from eurollm_jax.corpus.preparing.input_files import Record, check_still, read_records
+from eurollm_jax.corpus.preparing.work_plan import RECORD_NAME, PrepareOptions, WorkPlan
+from eurollm_jax.corpus.reading.documents import Document
+from eurollm_jax.corpus.reading.sources import read_part
 from eurollm_jax.corpus.store_writer import StoreWriter
-from eurollm_jax.corpus.tokenizer import Tokenizer
-from eurollm_jax.corpus.work_plan import RECORD_NAME, PrepareOptions, WorkPlan
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 STAYS = "then run the same command again: what is done stays"

@@ -18,8 +18,8 @@ import sentencepiece
 from rich.console import Console
 
 from eurollm_jax.corpus.folders import differences, file_sha256, fingerprints, new_folder, read_json, write_json
-from eurollm_jax.corpus.sources import corpus_files, read_documents
-from eurollm_jax.corpus.tokenizer import (
+from eurollm_jax.corpus.reading.sources import corpus_files, read_documents
+from eurollm_jax.corpus.tokenizing.tokenizer import (
     BOS_ID,
     EOS_ID,
     MODEL_NAME,
@@ -36,8 +36,8 @@ RECORD_NAME = "training.json"
 # SentencePiece counts positions within a word in 16 bits, and is slow on long words, so no line may be long.
 _LONGEST_LINE = 4096
 
-# NUL and U+2585 mean something else to the trainer, which skips each line that holds one; both encode as bytes.
-_NEVER_PIECES = frozenset(f"\0\n \u2585{SPACE_MARK}{STAND_IN}")
+# U+2585 means something else to the trainer, which skips each line that holds one; it encodes as bytes.
+_NEVER_PIECES = frozenset(f"\n \u2585{SPACE_MARK}{STAND_IN}")
 
 
 def train_tokenizer(

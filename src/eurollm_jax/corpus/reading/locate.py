@@ -4,11 +4,12 @@ import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from eurollm_jax.corpus import saved_datasets, text_files, tfds_files
-from eurollm_jax.corpus.documents import did_you_mean
+from eurollm_jax.corpus.reading import saved_datasets, text_files, tfds_files
+from eurollm_jax.corpus.reading.documents import did_you_mean
 from eurollm_jax.errors import UserError
 
 SUFFIXES = (*text_files.LINES, *text_files.TEXTS, ".parquet", ".arrow")
+_KINDS = ".jsonl, .txt (either also as .gz or .zst), .parquet or .arrow"
 
 # A folder that holds one of these beside files we can read is refused, for half a corpus would go missing in silence.
 _OTHER_DATA = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".ndjson", ".csv", ".tsv")
@@ -46,7 +47,7 @@ def _files(given: str, split: str | None) -> list[Path]:
         raise UserError(f"{path} is no folder saved by Hugging Face datasets; leave ?split={split} off")
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path} is of no kind that can be read here; give {_either(SUFFIXES)}")
+            raise UserError(f"{path} is of no kind that can be read here; give {_KINDS}")
         return [path]
     if path.is_dir():
         return _folder_files(path)
@@ -61,7 +62,7 @@ def _folder_files(folder: Path) -> list[Path]:
     if not found:
         inside = [entry for entry in entries if entry.is_dir() and _has_text(entry)]
         meant = f"did you mean {_either(map(str, inside[:12]))}?" if inside else "give a folder of such files"
-        raise UserError(f"{folder} has no {_either(SUFFIXES)} file; {meant}")
+        raise UserError(f"{folder} has no {_KINDS} file; {meant}")
     return found
 
 
@@ -74,7 +75,7 @@ def _pattern_files(pattern: str, split: str | None) -> list[Path]:
         files = _readable([match for match in matches if match.is_file()], pattern)
         found |= {file for file in files if not saved_datasets.is_cache(file)}
     if not found:
-        what = f"matches no {_either(SUFFIXES)} file" if matches else "matches nothing"
+        what = f"matches no {_KINDS} file" if matches else "matches nothing"
         raise UserError(f"{pattern!r} {what}; give a pattern that does")
     return sorted(found)
 
@@ -84,9 +85,7 @@ def _readable(files: list[Path], within: str | Path) -> list[Path]:
     found = [file for file in files if file.name.endswith(SUFFIXES)]
     strays = [file for file in files if file.suffix in _OTHER_DATA and not file.name.endswith(SUFFIXES)]
     if found and strays:
-        raise UserError(
-            f"{strays[0]} cannot be read here; convert it to {_either(SUFFIXES)} or move it out of {within}"
-        )
+        raise UserError(f"{strays[0]} cannot be read here; convert it to {_KINDS} or move it out of {within}")
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eurollm_jax.corpus.documents import Document, Fault, Origin, did_you_mean, document, missing_text
+from eurollm_jax.corpus.reading.documents import Document, Fault, Origin, did_you_mean, document, missing_text
 from eurollm_jax.errors import UserError
 
 SCHEME = "tfds:"

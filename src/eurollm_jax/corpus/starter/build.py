@@ -27,9 +27,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eurollm_jax.corpus.catalogues import CLEANING_VERSION, in_script, is_english, line_keys, prose, read_catalogue
-from eurollm_jax.corpus.packages import Package, cache_folder, fetch
-from eurollm_jax.corpus.sources import Document, write_documents
+from eurollm_jax.corpus.reading.sources import Document, write_documents
+from eurollm_jax.corpus.starter.catalogues import (
+    CLEANING_VERSION,
+    in_script,
+    is_english,
+    line_keys,
+    prose,
+    read_catalogue,
+)
+from eurollm_jax.corpus.starter.packages import Package, cache_folder, fetch
 from eurollm_jax.errors import UserError
 from eurollm_jax.languages import LANGUAGES, resolve
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zstandard
 
-from eurollm_jax.corpus.documents import Document, Fault, Origin, document
+from eurollm_jax.corpus.reading.documents import Document, Fault, Origin, document
 from eurollm_jax.errors import UserError
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")

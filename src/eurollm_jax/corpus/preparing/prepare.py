@@ -15,14 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eurollm_jax.corpus.finalize import RESULT_NAME, finalize
 from eurollm_jax.corpus.folders import clear_stale, discard_folder, full_disk_is_named, read_json
-from eurollm_jax.corpus.input_files import change
-from eurollm_jax.corpus.processes import run_jobs
+from eurollm_jax.corpus.preparing.finalize import RESULT_NAME, finalize
+from eurollm_jax.corpus.preparing.input_files import change
+from eurollm_jax.corpus.preparing.processes import run_jobs
+from eurollm_jax.corpus.preparing.unit import STAYS, prepare_unit
+from eurollm_jax.corpus.preparing.work_plan import PrepareOptions, WorkPlan, difference_of, make_plan
 from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.tokenizer import Tokenizer
-from eurollm_jax.corpus.unit import STAYS, prepare_unit
-from eurollm_jax.corpus.work_plan import PrepareOptions, WorkPlan, difference_of, make_plan
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 __all__ = ["PrepareOptions", "prepare", "prepare_task"]

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from eurollm_jax.corpus.documents import Document
+from eurollm_jax.corpus.reading.documents import Document
 from eurollm_jax.corpus.store_writer import token_dtype
-from eurollm_jax.corpus.tokenizer import Tokenizer, refusal
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer, refusal
 from eurollm_jax.errors import UserError
 
 BATCH_CHARACTERS = 4_000_000

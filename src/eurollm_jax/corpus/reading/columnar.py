@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eurollm_jax.corpus.documents import Defaults, Document, Fault, Origin, did_you_mean, document, missing_text
+from eurollm_jax.corpus.reading.documents import Defaults, Document, Fault, Origin, did_you_mean, document, missing_text
 from eurollm_jax.errors import UserError
 
 # Rows are turned into Python objects by about so many bytes at a time.

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import zstandard
 
-from eurollm_jax.corpus import path_names, text_files, tfds_files
-from eurollm_jax.corpus.documents import Defaults, Document, Fault, Origin, stop_at
-from eurollm_jax.corpus.locate import SUFFIXES, find_inputs
+from eurollm_jax.corpus.reading import path_names, text_files, tfds_files
+from eurollm_jax.corpus.reading.documents import Defaults, Document, Fault, Origin, stop_at
+from eurollm_jax.corpus.reading.locate import SUFFIXES, find_inputs
 from eurollm_jax.errors import UserError
 
 __all__ = [
@@ -91,7 +91,7 @@ def read_part(part: Part, defaults: Defaults = Defaults(), fault: Fault = stop_a
         return text_files.read_text(path, origin, fault)
     if path.suffix not in _COLUMNAR:
         return text_files.read_lines(path, part.first, part.stop, origin, fault)
-    from eurollm_jax.corpus import columnar
+    from eurollm_jax.corpus.reading import columnar
 
     read = columnar.read_parquet if path.suffix == ".parquet" else columnar.read_arrow
     return read(path, part.first, part.stop, origin, fault)
@@ -157,7 +157,7 @@ def _parts(name: str, part_bytes: int) -> list[Part]:
         ends = [*text_files.line_starts(path, part_bytes), size]
         return _grouped(name, [end - start for start, end in itertools.pairwise(ends)], ends, 0)
     if size > part_bytes and path.suffix in _COLUMNAR:
-        from eurollm_jax.corpus import columnar
+        from eurollm_jax.corpus.reading import columnar
 
         sizes = columnar.row_groups(path) if path.suffix == ".parquet" else columnar.record_batches(path)
         return _grouped(name, sizes, range(len(sizes) + 1), part_bytes)

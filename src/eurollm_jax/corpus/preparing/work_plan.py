@@ -18,12 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from eurollm_jax.corpus import path_names
 from eurollm_jax.corpus.blocklist import Blocklist
 from eurollm_jax.corpus.folders import differences, discard_folder, raced_folder, read_json, write_json
-from eurollm_jax.corpus.input_files import file_names
-from eurollm_jax.corpus.sources import SUFFIXES, Defaults, Part, find_parts, part_files
-from eurollm_jax.corpus.tokenizer import Tokenizer
+from eurollm_jax.corpus.preparing.input_files import file_names
+from eurollm_jax.corpus.reading import path_names
+from eurollm_jax.corpus.reading.sources import SUFFIXES, Defaults, Part, find_parts, part_files
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 PLAN_NAME, RECORD_NAME, UNITS_NAME = "plan.json", "record.json", "units"

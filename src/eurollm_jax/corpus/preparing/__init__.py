@@ -1,0 +1,1 @@
+"""Documents -> token store: the work cut into units, done anywhere, merged once."""

@@ -1,0 +1,1 @@
+"""The corpus of the quick start: real text out of packages of the registry."""

@@ -1,0 +1,1 @@
+"""Text <-> token ids without loss, and what a tokenizer costs each language."""

@@ -6,7 +6,7 @@ resume, on any number of hosts and with any batch size, is one integer: the next
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -158,7 +158,7 @@ class Data:
         stop_row: int | None = None,
         threads: int = 1,
         ahead: int = 2,
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Generator[tuple[int, Batch]]:
         """(next row, this host's part of the batch), batch after batch, through Grain.
 
         `threads` read ahead by `ahead` batches, or each of `config.workers` processes does. One thread costs the least
@@ -222,7 +222,7 @@ class _Batches:
         return row + size, self.data.batch(row, size, self.host, self.hosts)
 
 
-def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Iterator[tuple[int, Batch]]:
+def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Generator[tuple[int, Batch]]:
     import grain  # imports jax, which login nodes do without
 
     if workers:

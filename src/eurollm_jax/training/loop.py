@@ -6,6 +6,8 @@ if it had not been.
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from eurollm_jax.corpus.folders import write_json
 from eurollm_jax.corpus.store import TokenStore
 from eurollm_jax.corpus.tokenizing.parity import ParityReport, languages_of, parity_report
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.data.loader import Data, open_data
 from eurollm_jax.data.plan import mixture_plan, share_steps
 from eurollm_jax.errors import UserError
@@ -55,6 +59,11 @@ class Run:
     program: Program
     measure: Measure
     folder: Path
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Those that the run reaches."""
+        return self.experiment.batch_sizes.until(self.experiment.total_rows)
 
 
 def open_inputs(experiment: Experiment) -> Inputs:
@@ -153,25 +162,32 @@ def _go_on(run: Run) -> None:
         with (
             MetricsWriter(run.folder, resume_at=resume_at or 0, facts=environment()) as writer,
             Progress(experiment.name, experiment.steps, resume_at or 0) as bar,
+            closing(data.loader(progress["row"], run.batch_sizes, stop_row=experiment.total_rows)) as batches,
         ):
             recorder = Recorder(experiment, data, writer, bar, Clock(progress["seconds"]), progress["tokens"])
-            state = _loop(run, state, progress["row"], checkpoints, recorder)
+            state = _loop(run, state, progress["row"], batches, checkpoints, recorder)
     checkpoints.close()
     _conclude(run, state.params)
 
 
-def _loop(run: Run, state: TrainState, row: int, checkpoints: Checkpoints, recorder: Recorder) -> TrainState:
+def _loop(
+    run: Run,
+    state: TrainState,
+    row: int,
+    batches: Iterator[tuple[int, Batch]],
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+) -> TrainState:
     """From global row `row` to the last. The metrics of a step are fetched once the next one is under way."""
     experiment, data, heldout = run.experiment, run.inputs.data, run.inputs.heldout
-    sizes = experiment.batch_sizes.until(experiment.total_rows)
     # All sizes before the first step: one that does not fit into memory shows now, not weeks later.
     train_step = {
-        size: run.program.compile_train(size, experiment.data.sequence_length) for size in sizes.from_row(row).sizes
+        size: run.program.compile_train(size, experiment.data.sequence_length)
+        for size in run.batch_sizes.from_row(row).sizes
     }
-    batches = data.loader(row, sizes, stop_row=experiment.total_rows)
     interval: list[StepMetrics] = []
     recorder.clock.restart()
-    for step in range(sizes.step_of_row(row) + 1, experiment.steps + 1):
+    for step in range(run.batch_sizes.step_of_row(row) + 1, experiment.steps + 1):
         with recorder.clock.waiting():
             row, batch = next(batches)
         state, metrics = train_step[len(batch.source)](state, run.layout.place_rows(batch))

@@ -25,7 +25,14 @@ from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
 OPTIONS = PrepareOptions(deduplicate=True)
-BESIDE_ANOTHER = ("another process", "there is no work at", "is there already", "was removed meanwhile", "lacks")
+BESIDE_ANOTHER = (
+    "another process",
+    "there is no work at",
+    "is there already",
+    "was removed meanwhile",
+    "lacks",
+    "meanwhile; use that",
+)
 
 
 def tree(folder):
@@ -62,7 +69,8 @@ def phase(out, units):
     done = sum(not entry.name.startswith(".") for entry in (work / "units").iterdir())
     if done < units:
         return "units"
-    return "merging" if out.with_name(f".{out.name}.partial").exists() else "between units and merging"
+    partial = [path for path in out.parent.glob(f".{out.name}.*.partial") if not path.name.startswith(f".{work.name}.")]
+    return "merging" if partial else "between units and merging"
 
 
 def main(corpus, model, folder, kills, seed):

@@ -77,7 +77,10 @@ def test_a_tokenizer_that_loses_text_is_found_out(tokenizer, tmp_path):
         (b'{"text": "x", "language": "en"\n', r"en\.jsonl, line 2 is not valid JSON"),
         (b'{"text": "\xff", "language": "en"}\n', r"en\.jsonl, line 2 is not UTF-8"),
         (b'{"text": "x", "language": "klingon"}\n', r"en\.jsonl, line 2.*klingon"),
-        (b'{"text": "a\\ufdd0", "language": "en", "id": "odd"}\n', r"en\.jsonl, document odd: character 2 is U\+FDD0"),
+        (
+            b'{"text": "a\\ufdd0", "language": "en", "id": "odd"}\n',
+            r"en\.jsonl, document odd: the text cannot be encoded: character 2 is U\+FDD0",
+        ),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(tokenizer, tmp_path, line, message):

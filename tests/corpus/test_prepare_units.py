@@ -12,7 +12,6 @@ import threading
 import time
 from random import Random
 
-import numpy as np
 import pytest
 
 from eurollm_jax.corpus.preparing import encoding, work_plan
@@ -20,7 +19,6 @@ from eurollm_jax.corpus.preparing.finalize import finalize
 from eurollm_jax.corpus.preparing.prepare import PrepareOptions, prepare, prepare_task
 from eurollm_jax.corpus.reading.sources import Defaults, read_documents
 from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.store_writer import StoreWriter
 from eurollm_jax.errors import UserError
 
 
@@ -38,33 +36,12 @@ def tree(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def plain_loop(inputs, tokenizer, folder, by=lambda document: document.language, **options):
-    """The store without units, processes or batches; `wanted` says which documents to take."""
-    wanted = options.pop("wanted", lambda document: True)
-    folder.mkdir()
-    writer = StoreWriter(folder, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, **options)
-    for document in filter(wanted, read_documents(inputs)):
-        ids = tokenizer.encode(document.text)
-        text = document.text.encode()
-        writer.add(
-            by(document),
-            document,
-            np.array([1, *ids, 2]),
-            byte_length=len(text),
-            characters=len(document.text),
-            fallback=sum(tokenizer.pieces[i].kind == "byte" for i in ids),
-            sha256=hashlib.sha256(text).digest(),
-        )
-    writer.close()
-    return tree(folder)
-
-
 def without_record(folder):
     return {path: content for path, content in tree(folder).items() if path.name != "prepare.json"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_processes_write_the_store_of_a_plain_loop(corpus_dir, tokenizer, tmp_path, workers):
+def test_processes_write_the_store_of_a_plain_loop(plain_loop, corpus_dir, tokenizer, tmp_path, workers):
     store = prepare(corpus_dir, tokenizer, tmp_path / "out", workers=workers)
     assert without_record(store.path) == plain_loop(corpus_dir, tokenizer, tmp_path / "plain")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
@@ -82,7 +59,7 @@ def test_tasks_in_any_order_write_the_store_of_one(corpus_dir, tokenizer, store,
 
 
 @pytest.mark.parametrize("shard_tokens", [50, 1000, 30_000])
-def test_shards_are_cut_as_one_writer_cuts_them(corpus_dir, tokenizer, tmp_path, shard_tokens):
+def test_shards_are_cut_as_one_writer_cuts_them(plain_loop, corpus_dir, tokenizer, tmp_path, shard_tokens):
     prepare_task(corpus_dir, tokenizer, tmp_path / "out", task=0, of=1, workers=1)
     finalize(tmp_path / "out", workers=1, shard_tokens=shard_tokens).verify()
     expected = plain_loop(corpus_dir, tokenizer, tmp_path / "plain", shard_tokens=shard_tokens)
@@ -98,7 +75,7 @@ def test_sources_by_origin_are_named_after_language_and_origin(tokenizer, tmp_pa
     store.verify()
 
 
-def test_duplicates_of_all_sources_are_dropped_but_the_first(tokenizer, tmp_path, capsys):
+def test_duplicates_of_all_sources_are_dropped_but_the_first(plain_loop, tokenizer, tmp_path, capsys):
     dice = Random(5)
     records = [
         {"text": f"sentence {dice.randrange(300)} of many", "language": dice.choice(["de", "en"]), "source": o, "id": i}
@@ -123,7 +100,7 @@ def test_duplicates_of_all_sources_are_dropped_but_the_first(tokenizer, tmp_path
     assert f"{1500 - len(seen):,} documents dropped as duplicates" in capsys.readouterr().err
 
 
-def test_blocked_documents_are_left_out_and_counted(corpus_dir, tokenizer, tmp_path, capsys):
+def test_blocked_documents_are_left_out_and_counted(plain_loop, corpus_dir, tokenizer, tmp_path, capsys):
     texts = [json.loads(line)["text"] for line in (corpus_dir / "mt.jsonl").read_text(encoding="utf-8").splitlines()]
     hashes = {hashlib.sha256(texts[n].encode()).hexdigest() for n in (0, 77)}
     url = "https://example.org/el/31"
@@ -157,7 +134,7 @@ def test_bad_documents_are_skipped_on_request_and_recorded(tokenizer, tmp_path, 
     assert [entry["input"].endswith("in/2.jsonl") for entry in refused] == [True] * 3
     found = [entry["reason"] for entry in refused]
     assert "line 11: field 'text'" in found[0]
-    assert any("document odd: character 5 is U+FDD0" in reason for reason in found)
+    assert any("document odd: the text cannot be encoded: character 5 is U+FDD0" in reason for reason in found)
     assert "3 documents refused" in capsys.readouterr().err
     with pytest.raises(UserError, match="was made without 3 bad documents"):
         prepare(tmp_path / "in", tokenizer, out)

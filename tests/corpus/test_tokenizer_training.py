@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from eurollm_jax.corpus.reading.sources import find_parts
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.corpus.tokenizing.tokenizer_training import draw_sample, language_bytes, sample_sizes, train_tokenizer
 from eurollm_jax.errors import UserError
@@ -138,10 +139,10 @@ def test_sample_sizes_are_the_capped_power_law(alpha, total):
 
 
 def test_the_sample_has_about_the_bytes_asked_for(corpus_dir):
-    files = sorted(corpus_dir.iterdir())
-    sizes = language_bytes(files)
+    parts = find_parts([corpus_dir])
+    sizes = language_bytes(parts)
     wanted = {language: size / 4 if language != "mt" else float(size) for language, size in sizes.items()}
-    sample = draw_sample(files, wanted, sizes, seed=0)
+    sample = draw_sample(parts, wanted, sizes, seed=0)
     for language, lines in sample.items():
         got = sum(len(line.encode()) + 1 for line in lines)
         assert got == pytest.approx(wanted[language], rel=0.25 if language != "mt" else 0.01)

@@ -1,5 +1,7 @@
 """Best-fit rows: every prediction of every document once an epoch, from a plan that is the store's own."""
 
+import errno
+import fcntl
 import pickle
 import shutil
 import subprocess
@@ -9,7 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from eurollm_jax.corpus.megatron import export_megatron
+from eurollm_jax.corpus.megatron_import import import_megatron
 from eurollm_jax.corpus.store import TokenStore
+from eurollm_jax.data import best_fit
 from eurollm_jax.data.best_fit import BestFitPacking, plan_folder, verify_plans
 from eurollm_jax.data.packing import pack
 from eurollm_jax.errors import UserError
@@ -119,6 +124,67 @@ def test_a_plan_of_other_documents_is_refused(own_store, packing):
     shutil.copytree(packing.folder, plan_folder(own_store.path, "de", LENGTH))
     with pytest.raises(UserError, match=r"de\.plan is a plan for other documents: .*offsets differs"):
         BestFitPacking.open(own_store.sources["de"], LENGTH, own_store.path)
+
+
+def test_a_plan_whose_manifest_is_damaged_or_gone_is_refused(own_store, packing):
+    """A flipped digit is valid JSON: the number of rows would be another."""
+    manifest = packing.folder / "plan.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace(f'"rows": {packing.rows}', f'"rows": {packing.rows - 1}'))
+    for look in (lambda: BestFitPacking.open(packing.source, LENGTH, own_store.path), verify_plans_of(own_store)):
+        with pytest.raises(UserError, match=r"el\.plan/plan\.json is damaged \(its own hash does not fit\); delete"):
+            look()
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"el\.plan has no plan\.json; delete that folder to plan anew"):
+        BestFitPacking.open(packing.source, LENGTH, own_store.path)
+
+
+def verify_plans_of(store):
+    return lambda: verify_plans(store.path)
+
+
+def test_a_plan_that_is_there_is_read_without_writing(own_store, packing):
+    """`corpus pack` has made it, and now the store may be on a file system that cannot be written to."""
+
+    def touched():
+        return {path: path.stat().st_mtime_ns for path in [own_store.path, *own_store.path.rglob("*")]}
+
+    before = touched()
+    assert BestFitPacking.open(own_store.sources["el"], LENGTH, own_store.path).describe() == packing.describe()
+    assert touched() == before
+
+
+def test_processes_without_locks_make_one_plan(own_store, monkeypatch):
+    """Some cluster file systems have none. The second has planned before it sees that the first has ended."""
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    source, planned = own_store.sources["el"], best_fit.plan_rows
+
+    def plan_while_another_does(offsets, length):
+        monkeypatch.setattr(best_fit, "plan_rows", planned)
+        digests.append(BestFitPacking.open(source, LENGTH, own_store.path).digest)
+        return planned(offsets, length)
+
+    digests = []
+    monkeypatch.setattr(best_fit, "plan_rows", plan_while_another_does)
+    digests.append(BestFitPacking.open(source, LENGTH, own_store.path).digest)
+    assert digests[0] == digests[1]
+    assert verify_plans(own_store.path) == 1
+    folder = plan_folder(own_store.path, "el", LENGTH)
+    assert [path for path in folder.parent.iterdir() if path.name != ".lock"] == [folder]
+
+
+def no_lock(*_):
+    raise OSError(errno.ENOTSUP, "no locks here")
+
+
+def test_the_documents_of_megatron_files_are_packed_too(own_store, tokenizer, tmp_path):
+    export_megatron(own_store.sources["el"], tmp_path / "el")
+    store = import_megatron([tmp_path / "el"], tokenizer, tmp_path / "megatron", names=["el"], languages=["el"])
+    ours, theirs = (BestFitPacking.open(each.sources["el"], LENGTH, each.path) for each in (own_store, store))
+    rows = np.arange(ours.rows)
+    assert theirs.rows == ours.rows
+    for one, other in zip(*(pack([p], np.zeros_like(rows), rows) for p in (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["row_first.npy", "starts.npy", "lengths.npy", "last_rows.npy"])

@@ -2,11 +2,14 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,22 +190,56 @@ def config_of(store, **changes):
     return DataConfig(str(store.path), Mixture.temperature(0.3), sequence_length=32, seed=1, **changes)
 
 
-def test_any_number_of_worker_processes_gives_the_same_batches_and_resumes_any_other(store):
-    """Three workers to the end; two workers stopped after four batches and gone on with by one, and then by threads."""
+@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_worker_processes_give_the_same_batches_and_end_with_the_loader(store, workers):
+    """Some batches through worker processes, the rest by threads: what a run sees that changes its workers."""
     expected = list(open_data(config_of(store), 1000).loader(0, 64, stop_row=64 * 9))
-    assert len(expected) == 9
-    three = list(open_data(config_of(store, workers=3), 1000).loader(0, 64, stop_row=64 * 9))
-    seen: list = []
-    for workers, batches in ((2, 4), (1, 3), (0, 2)):
-        loader = open_data(config_of(store, workers=workers), 1000).loader(seen[-1][0] if seen else 0, 64)
-        seen += itertools.islice(loader, batches)
-        assert len(multiprocessing.active_children()) >= workers
-        loader.close()
-        assert multiprocessing.active_children() == []
-    for got in (three, seen):
-        assert [row for row, _ in got] == [row for row, _ in expected]
-        for (_, batch), (_, other) in zip(got, expected, strict=True):
-            assert_equal(batch, other)
+    others = set(multiprocessing.active_children())
+    loader = open_data(config_of(store, workers=workers), 1000).loader(0, 64)
+    got = list(itertools.islice(loader, 7))
+    processes = set(multiprocessing.active_children()) - others
+    assert len(processes) == workers
+    loader.close()
+    for process in processes:  # one that does not end in time is killed, and that takes a moment
+        process.join(60)
+        assert not process.is_alive()
+    got += open_data(config_of(store), 1000).loader(got[-1][0], 64, stop_row=64 * 9)
+    assert [row for row, _ in got] == [row for row, _ in expected]
+    for (_, batch), (_, other) in zip(got, expected, strict=True):
+        assert_equal(batch, other)
+
+
+KILLED = """
+import multiprocessing, sys, time
+from eurollm_jax.data.loader import DataConfig, open_data
+from eurollm_jax.data.mixture import Mixture
+if __name__ == "__main__":
+    loader = open_data(DataConfig(sys.argv[1], Mixture.proportional(), 32, workers=1), 1000).loader(0, 16)
+    next(loader)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_worker_processes_end_with_a_process_that_is_killed(tmp_path, store):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, str(script), str(store.path)], stdout=subprocess.PIPE, text=True) as process:
+        (worker,) = (Path("/proc", number) for number in process.stdout.readline().split())
+        assert lives(worker)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while lives(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def lives(process):
+    """Whether the process of a /proc folder runs still; one that nobody waited for has a folder and does not."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 SIZES = BatchSizes(8, ((20, 16), (70, 4)))  # batches begin at 0, 8, 16, 24, 40, 56, 72, 76, ...
@@ -249,17 +286,15 @@ def test_several_stores_are_one_mixture(tmp_path, store, packing):
 
 READER = """
 import os, sys
-from pathlib import Path
 from eurollm_jax.data.loader import DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 if __name__ == "__main__":
-    store, shard, change, workers = sys.argv[1:]
-    data = open_data(DataConfig(store, Mixture.proportional(), 32, workers=int(workers)), 1000)
+    data = open_data(DataConfig(sys.argv[1], Mixture.proportional(), 32, workers=1), 1000)
     try:
         for row, batch in data.loader(0, 16):
             if row == 64:
-                os.truncate(shard, 100) if change == "truncate" else os.unlink(shard)
+                os.unlink(sys.argv[2])
             if row > 6400:
                 sys.exit("read on")
     except UserError as error:
@@ -267,19 +302,28 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("change", "workers", "said"),
-    [("delete", 0, "was deleted while it was read"), ("truncate", 0, "was cut short"), ("delete", 1, "was deleted")],
-)
-def test_a_process_whose_shard_goes_stops_with_its_name_and_fails(tmp_path, store, change, workers, said):
+def test_a_worker_process_whose_shard_goes_tells_its_parent(tmp_path, store):
+    """A run without workers is in tests/training/test_loop.py."""
     shutil.copytree(store.path, tmp_path / "store")
     shard = tmp_path / "store" / "el" / "tokens-00000.bin"
     script = tmp_path / "reader.py"
     script.write_text(READER)
-    command = [sys.executable, str(script), str(tmp_path / "store"), str(shard), change, str(workers)]
+    command = [sys.executable, str(script), str(tmp_path / "store"), str(shard)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1
-    assert f"{shard} of source el {said}" in run.stderr
+    assert f"{shard} of source el was deleted while it was read" in run.stderr
+
+
+def test_a_shard_that_is_cut_short_stops_the_loader_with_its_name(tmp_path, store):
+    shutil.copytree(store.path, tmp_path / "store")
+    shard = tmp_path / "store" / "el" / "tokens-00000.bin"
+    loader = open_data(DataConfig(str(tmp_path / "store"), Mixture.proportional(), 32), 1000).loader(
+        0, 16, stop_row=6400
+    )
+    next(loader)
+    os.truncate(shard, 100)
+    with pytest.raises(UserError, match=r"store/el/tokens-00000\.bin of source el was cut short: it has 100 bytes"):
+        list(loader)
 
 
 def test_bad_readers_are_refused(store):

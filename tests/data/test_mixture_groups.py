@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+from scipy.optimize import brentq
 
 from eurollm_jax.data.groups import Corpus
 from eurollm_jax.data.mixture import Mixture, SourceSize
@@ -125,6 +126,47 @@ def test_unimax_within_families_agrees_with_the_rows_of_each_family(unit):
     # Inside a family a language is at the cap or at the common level in tokens.
     assert share_epochs(shares, "et", total) == pytest.approx(1, rel=1e-5)
     assert shares["fi/hplt"] + shares["fi/web"] == pytest.approx(shares["hu"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "epochs", "rows"),
+    [
+        (0.5, 2, {"bg": (100, 4), "cs": (10, 1), "fi": (1000, 1)}),
+        (0.5, 2, {"bg": (1000, 8), "cs": (10, 2), "et": (10_000, 2)}),
+        (0.5, 2, {"bg": (1, 2), "cs": (10, 8), "fi": (10_000, 8)}),
+        (1, 2, {"bg": (1, 1), "cs": (100, 8), "et": (10_500, 8)}),
+    ],
+)
+def test_unimax_within_a_family_of_unlike_texts_is_what_a_root_finder_says(alpha, epochs, rows):
+    """The family's rows decide who is held back in it, and that what its rows are worth: taken in turns alone, these
+    go to and fro for ever."""
+    sizes, total = {name: size(n, name, octets) for name, (n, octets) in rows.items()}, 100
+    mixture = Mixture.temperature(alpha, "bytes", over="family", within=Mixture.unimax(epochs, "bytes"))
+    shares = row_shares(mixture, sizes, total)
+    families = Corpus(sizes).grouped(sizes, "family").values()
+    pair, (single,) = sorted(families, key=len, reverse=True)
+
+    def inside(budget):
+        """Rows of the family's two languages: as many bytes each as the cap lets them have."""
+        most = [epochs * sizes[name].rows for name in pair]
+        octets = [sizes[name].bytes / sizes[name].rows for name in pair]
+
+        def excess(level):
+            return sum(min(m, level / b) for m, b in zip(most, octets, strict=True)) - budget
+
+        level = brentq(excess, 0, budget * max(octets) * 2, xtol=1e-9, rtol=1e-14)
+        return [min(m, level / b) for m, b in zip(most, octets, strict=True)]
+
+    wanted = (sum(sizes[name].bytes for name in pair) / sizes[single].bytes) ** alpha
+
+    def surplus(budget):
+        octets = sum(n * sizes[name].bytes / sizes[name].rows for n, name in zip(inside(budget), pair, strict=True))
+        return octets - wanted * (total - budget) * sizes[single].bytes / sizes[single].rows
+
+    most = min(total, epochs * sum(sizes[name].rows for name in pair))
+    budget = brentq(surplus, 1e-3, most - 1e-3, xtol=1e-12)
+    expected = {**dict(zip(pair, inside(budget), strict=True)), single: total - budget}
+    assert shares == pytest.approx({name: n / total for name, n in expected.items()}, rel=1e-5)
 
 
 def test_unimax_within_a_family_that_lacks_text_is_refused_by_name():

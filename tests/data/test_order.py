@@ -1,3 +1,4 @@
+import math
 import pickle
 from fractions import Fraction
 
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eurollm_jax.data import order as order_module
 from eurollm_jax.data.order import Order, _hash_key, permute
 from eurollm_jax.data.schedule import DEVIATION, SHARE_SUM, Schedule, Stage
 
@@ -173,6 +175,28 @@ def test_the_order_within_a_source_is_statistically_random(size):
     mean = 1 + 2 * n1 * n2 / size  # Wald and Wolfowitz
     deviation = np.sqrt((mean - 1) * (mean - 2) / (size - 1))
     assert abs(runs - mean) < 4.5 * deviation
+
+
+@pytest.mark.parametrize("size", [65_536, 100_003, 1_000_000])
+def test_rows_a_side_of_the_grid_apart_are_unrelated(size, monkeypatch):
+    """Where a Feistel cipher with too few rounds shows: positions that differ in one half alone, one column and the
+    next. Chi-square of their rows' distances; five rounds pass it, and four do not, which is seen too."""
+
+    keys = [_hash_key("rows", "et", str(seed), "0") for seed in range(3)]
+
+    def surplus(rounds, bins=1024):
+        monkeypatch.setattr(order_module, "ROUNDS", rounds)
+        side = -(-size // math.ceil(math.sqrt(size)))
+        counts = np.zeros(bins)
+        for key in keys:
+            rows = permute(np.arange(size), size, key[:rounds])
+            counts += np.bincount((rows[side:] - rows[:-side]) % size * bins // size, minlength=bins)
+        expected = counts.sum() / bins
+        return (((counts - expected) ** 2 / expected).sum() - (bins - 1)) / np.sqrt(2 * (bins - 1))
+
+    whole = order_module.ROUNDS
+    assert surplus(4) > 9
+    assert abs(surplus(whole)) < 4.5
 
 
 @pytest.mark.parametrize("size", [2, 3, 6, 10, 31])

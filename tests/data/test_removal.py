@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eurollm_jax.corpus.megatron import export_megatron
+from eurollm_jax.corpus.megatron_import import import_megatron
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.loader import DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
@@ -155,9 +157,23 @@ def test_the_log_says_what_is_removed_and_loudly_when_it_is_nothing(tmp_path, st
         none = open_data(config_of(store, Removal(str(nothing), 7)), 1000)
     said, warned = (record for record in caplog.records if record.name == "eurollm_jax.data.removal")
     assert f"from row 7 on, 2 documents ({found.tokens} tokens, in " in said.getMessage()
-    assert "nothing.txt names no document of the stores: NOTHING IS REMOVED" in warned.getMessage()
+    assert "nothing.txt names no document that the run reads: NOTHING IS REMOVED" in warned.getMessage()
     assert warned.levelno == logging.WARNING
     assert_equal(none.batch(50, 16), open_data(config_of(store), 1000).batch(50, 16))
+
+
+def test_a_removal_that_cannot_be_searched_for_in_all_that_is_read_stops_the_run(tmp_path, store, tokenizer):
+    """What is to be removed may be in Megatron files, which do not say; a run without them is not concerned."""
+    export_megatron(store.sources["mt"], tmp_path / "ga")
+    megatron = import_megatron([tmp_path / "ga"], tokenizer, tmp_path / "megatron", names=["ga"], languages=["ga"])
+    removal = Removal(listed(tmp_path / "list.txt", store, [("en", 3), ("mt", 4)]), 5)
+    both = (str(store.path), str(megatron.path))
+    with pytest.raises(UserError, match=r"list\.txt cannot be applied to source ga: .* or leave it out of the mixture"):
+        open_data(DataConfig(both, MIXTURE, LENGTH, removed=(removal,)), 1000)
+    without_it = open_data(DataConfig(both, MIXTURE.without("ga"), LENGTH, removed=(removal,)), 1000)
+    assert without_it.removed[0].documents == 2
+    half = open_data(DataConfig(both, MIXTURE.without("ga", "mt"), LENGTH, removed=(removal,)), 1000)
+    assert half.removed[0].documents == 1
 
 
 def test_bad_removals_are_refused(tmp_path, store):

@@ -68,17 +68,22 @@ def undisturbed(experiment, tmp_path):
     return train(dataclasses.replace(experiment, runs=str(tmp_path / "undisturbed")), "")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(ramped, undisturbed_ramp, tmp_path):
-    """SIGKILL as soon as a first checkpoint is committed, at whatever point of the steps that follow."""
-    module = tmp_path / "experiments" / "tiny.py"
+def command_of(experiment, folder):
+    """The command that trains it in a process of its own."""
+    module = folder / "experiments" / "tiny.py"
     module.parent.mkdir()
     module.write_text(
         "from eurollm_jax.experiment import *\n"
         "from eurollm_jax.data.loader import DataConfig\n"
         "from eurollm_jax.corpus.tokenizing.parity import Parity\n"
-        f"EXPERIMENT = {ramped!r}\n"
+        f"EXPERIMENT = {experiment!r}\n"
     )
-    command = [sys.executable, "-m", "eurollm_jax", "train", str(module)]
+    return [sys.executable, "-m", "eurollm_jax", "train", str(module)]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(ramped, undisturbed_ramp, tmp_path):
+    """SIGKILL as soon as a first checkpoint is committed, at whatever point of the steps that follow."""
+    command = command_of(ramped, tmp_path)
     run = ramped.run
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -93,6 +98,25 @@ def test_a_killed_run_resumes_to_the_same_bits(ramped, undisturbed_ramp, tmp_pat
     subprocess.run(command, check=True, capture_output=True)
     assert_same_run(run, undisturbed_ramp, ramped.model)
     assert any(json.loads(line)["kind"] == "restart" for line in (run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_run_whose_shard_is_deleted_stops_with_its_name_and_fails(experiment, store, tmp_path):
+    """Far from its end, so that it cannot get there on what it has read ahead."""
+    shutil.copytree(store.path, tmp_path / "store")
+    data = dataclasses.replace(experiment.data, store=str(tmp_path / "store"))
+    long = dataclasses.replace(experiment, data=data, steps=100_000, checkpoint_every=100_000, evaluate_every=100_000)
+    process = subprocess.Popen(command_of(long, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (long.run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    shard = tmp_path / "store" / "el" / "tokens-00000.bin"
+    shard.unlink()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"{shard} of source el was deleted while it was read; restore it" in said
+    assert "Traceback" not in said
 
 
 def noted(monkeypatch):
@@ -190,6 +214,14 @@ def test_a_language_beyond_the_limits_of_parity_is_refused(experiment, caplog):
     assert any("BEYOND THE LIMITS OF PARITY" in record.message and "el" in record.message for record in caplog.records)
     recorded = json.loads((run / "plan.json").read_text())["parity"]
     assert "el" in recorded["allowed_beyond"]
+    shutil.rmtree(run / "checkpoints" / "4")  # its only one: it begins anew, within limits that nothing is beyond
+    train(dataclasses.replace(strict, parity=Parity(max_premium=99.0)), "")
+    shutil.rmtree(run / "checkpoints" / "4")
+    train(dataclasses.replace(strict, parity=Parity(max_premium=1.0, allow=languages)), "")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    restarts = [line for line in lines if line["kind"] == "restart"]
+    assert [line["parity_allowed"] for line in restarts] == [[], recorded["allowed_beyond"]]
+    assert restarts[0]["stores"] == [experiment.data.store]
     assert recorded["sources"]["el"]["premium"] > 1
 
 

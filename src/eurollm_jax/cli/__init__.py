@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that `eurollm corpus` starts
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import re
@@ -34,6 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader of a pipe has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" to write {error.filename}" if error.filename else ""
+        print(f"eurollm: there is no room{where} ({error.strerror}): free some space or quota.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("eurollm: stopped; the same command goes on with what was done", file=sys.stderr)

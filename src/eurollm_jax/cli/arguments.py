@@ -25,6 +25,31 @@ def group(commands: Subcommands, name: str, summary: str) -> Subcommands:
     return commands.add_parser(name, help=summary, description=summary).add_subparsers(required=True, metavar="COMMAND")
 
 
+def with_inputs(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What text is read, and how."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a file (jsonl, txt, .gz, .zst, parquet, arrow), a folder, a quoted pattern, a saved Hugging Face dataset "
+        "(FOLDER?split=train), or tfds:NAME/CONFIG?split=train&data_dir=DIR",
+    )
+    parser.add_argument("--language", help="of all documents (default: what they, or the names of the files, say)")
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="OURS=THEIRS", help="such as text=content; may be repeated"
+    )
+    parser.add_argument("--bad-documents", choices=("stop", "skip"), default="stop", help="skip: count and go on")
+    return parser
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Our field -> the name that the inputs have for it."""
+    for pair in arguments.field:
+        if not all(pair.partition("=")):
+            raise UserError(f"--field {pair}: write it as OURS=THEIRS, such as text=content")
+    return {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in arguments.field)}
+
+
 def with_experiment(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The experiment's file, and after it whatever is to be changed in it."""
     parser.add_argument("experiment", type=Path, help="a Python file")
@@ -41,12 +66,24 @@ def experiment_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def
     """The experiment of a file, with the overrides of the command line, and the file's docstring."""
     import tyro
 
+    from eurollm_jax.data.mixture import Mixture
     from eurollm_jax.experiment import Experiment, load_experiment
 
     experiment, docstring = load_experiment(arguments.experiment)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     program = f"{arguments.parser.prog} {arguments.experiment}"
-    return tyro.cli(Experiment, default=experiment, args=arguments.fields, config=settings, prog=program), docstring
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def _mixture_is_python(found: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        """A mixture is written with its methods, which check what its fields do not."""
+        keep = tyro.constructors.StructConstructorSpec(instantiate=lambda: found.default, fields=())
+        return keep if found.type is Mixture else None
+
+    changed = tyro.cli(
+        Experiment, default=experiment, args=arguments.fields, config=settings, prog=program, registry=registry
+    )
+    return changed, docstring
 
 
 def trained_model(run: Path):  # type: ignore[no-untyped-def]

@@ -2,11 +2,23 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from eurollm_jax.cli.arguments import Subcommands, command, experiment_of, group, with_experiment
+from eurollm_jax.cli.arguments import (
+    Subcommands,
+    command,
+    experiment_of,
+    fields_of,
+    group,
+    with_experiment,
+    with_inputs,
+)
 from eurollm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from eurollm_jax.corpus.store import TokenStore
 
 
 def add(commands: Subcommands) -> None:
@@ -16,24 +28,14 @@ def add(commands: Subcommands) -> None:
     starter.add_argument("--cache", type=Path, help="where downloads are kept (default: the user's cache)")
 
     prepare = command(corpus, "prepare", _prepare, "turn documents into a token store, alone or as one task of many")
-    prepare.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="a file (jsonl, txt, .gz, .zst, parquet), a folder, a pattern, a saved Hugging Face dataset, or tfds:NAME",
-    )
+    with_inputs(prepare)
     prepare.add_argument("--tokenizer", type=Path, required=True)
     prepare.add_argument("--out", type=Path, required=True)
-    prepare.add_argument("--language", help="of all documents (default: what they, or the names of the files, say)")
     prepare.add_argument("--source", help="the corpus that they are from, where they do not say it")
     prepare.add_argument("--licence", help="of documents that do not say theirs (an SPDX expression)")
-    prepare.add_argument(
-        "--field", action="append", default=[], metavar="OURS=THEIRS", help="such as text=content; may be repeated"
-    )
     prepare.add_argument("--by", choices=("language", "origin"), default="language", help="sources are fi, or fi/hplt")
     prepare.add_argument("--deduplicate", action="store_true", help="keep the first of documents with the same text")
     prepare.add_argument("--blocklist", type=Path, help="SHA-256 or URL of documents to leave out, one a line")
-    prepare.add_argument("--bad-documents", choices=("stop", "skip"), default="stop", help="skip: record and go on")
     prepare.add_argument("--workers", type=int, help="processes (default: one for each core)")
     prepare.add_argument("--task", type=int, help="do this task alone, from 0; then run 'corpus finalize'")
     prepare.add_argument("--of", type=int, help="how many tasks there are")
@@ -93,7 +95,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         language=arguments.language,
         source=arguments.source,
         licence=arguments.licence,
-        fields=_fields(arguments.field),
+        fields=fields_of(arguments),
         by=arguments.by,
         deduplicate=arguments.deduplicate,
         blocklist=arguments.blocklist,
@@ -103,28 +105,26 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.task is not None:
         prepare_task(*work, task=arguments.task, of=arguments.of, workers=arguments.workers)
         return
-    store = prepare(*work, workers=arguments.workers)
+    _say(prepare(*work, workers=arguments.workers))
+
+
+def _say(store: "TokenStore") -> None:
     tokens = sum(source.tokens for source in store.sources.values())
     print(f"{store.path}: {tokens:,} tokens of {len(store.sources)} sources")
-
-
-def _fields(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
-        if not all(pair.partition("=")):
-            raise UserError(f"--field {pair}: write it as OURS=THEIRS, such as text=content")
-    return {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in pairs)}
 
 
 def _finalize(arguments: argparse.Namespace) -> None:
     from eurollm_jax.corpus.preparing.finalize import finalize
 
-    finalize(arguments.out, workers=arguments.workers)
+    _say(finalize(arguments.out, workers=arguments.workers))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from eurollm_jax.corpus.inspect import inspect_store
     from eurollm_jax.corpus.store import TokenStore
 
+    if arguments.documents < 0:
+        raise UserError(f"--documents is {arguments.documents}; give 0 or more")
     inspect_store(
         TokenStore.open(arguments.store),
         Console(),
@@ -138,8 +138,21 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from eurollm_jax.corpus.inspect import verify_store
     from eurollm_jax.corpus.store import TokenStore
+    from eurollm_jax.data.best_fit import verify_plans
 
-    verify_store(TokenStore.open(arguments.store), Console())
+    store = TokenStore.open(arguments.store, check=False)  # each file that is missing or cut short is named below
+    faults = []
+    try:
+        verify_store(store, Console())
+    except UserError as error:
+        faults.append(str(error))
+    try:
+        if plans := verify_plans(store.path):
+            print(f"{store.path / 'packings'}: {plans} best-fit plans are as they were written")
+    except UserError as error:
+        faults.append(str(error))
+    if faults:
+        raise UserError(". ".join(faults))
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -172,8 +185,8 @@ def _import(arguments: argparse.Namespace) -> None:
     options = {"languages": arguments.language, "processes": arguments.workers}
     blend = arguments.inputs[0] if arguments.inputs[0].endswith(".txt") else None
     if blend is None:
-        prefixes = [name.removesuffix(".bin").removesuffix(".idx") for name in arguments.inputs]
-        store = import_megatron(prefixes, tokenizer, arguments.out, **options)
+        prefixes = dict.fromkeys(name.removesuffix(".bin").removesuffix(".idx") for name in arguments.inputs)
+        store = import_megatron(list(prefixes), tokenizer, arguments.out, **options)
     elif len(arguments.inputs) == 1:
         store, _ = import_datamix(blend, tokenizer, arguments.out, **options)
     else:

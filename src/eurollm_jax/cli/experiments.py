@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from eurollm_jax.cli.arguments import Subcommands, command, experiment_of, one_device, trained_model, with_experiment
 from eurollm_jax.errors import UserError
@@ -43,30 +42,30 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from eurollm_jax.data.plan import mixture_plan
+    from eurollm_jax.data.plan_tables import mix_tables
     from eurollm_jax.experiment import encode
     from eurollm_jax.model.param import count
     from eurollm_jax.model.transformer import specs
-    from eurollm_jax.training.loop import open_inputs, plan
+    from eurollm_jax.training.loop import open_inputs
 
     experiment, docstring = experiment_of(arguments)
-    planned = plan(experiment, open_inputs(experiment).data)
+    inputs = open_inputs(experiment)
     experiment.schedule.build(experiment.steps)  # refuses here already what does not fit the run
+    planned = mixture_plan(experiment.data.mixture, inputs.data.sizes, experiment.total_rows)
     console = Console()
     console.print(docstring, highlight=False, markup=False)
     console.print_json(json.dumps(encode(experiment)))
-    table = Table("source", *("share", "rows", "tokens", "bytes", "epochs", "second epoch from row"))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, source in sorted(planned["sources"].items(), key=lambda item: -item[1]["share"]):
-        repeat = f"{source['first_repeat']:,}" if source["first_repeat"] is not None else "-"
-        figures = f"{source['rows']:,}", f"{source['tokens']:,}", f"{source['bytes']:,}", f"{source['epochs']:.3f}"
-        table.add_row(name, f"{source['share']:.4%}", *figures, repeat)
-    console.print(table)
-    tokens = sum(source["tokens"] for source in planned["sources"].values())
-    parameters, flops = count(specs(experiment.model)), experiment.model.flops_per_token(planned["sequence_length"])
+    console.print(mix_tables(planned)[0])
+    if len(planned.stages) > 1:
+        console.print(f"Stage by stage: eurollm mix show {arguments.experiment}", soft_wrap=True, highlight=False)
+    console.print(inputs.parity.table())
+    length = experiment.data.sequence_length
+    tokens = sum(source.tokens for source in planned.total)
+    parameters, flops = count(specs(experiment.model)), experiment.model.flops_per_token(length)
     console.print(
-        f"{parameters:,} parameters; {planned['total_rows']:,} rows of {planned['sequence_length']} tokens, "
-        f"{tokens:,} tokens, {flops * tokens:.3g} FLOP"
+        f"{parameters:,} parameters; {planned.total_rows:,} rows of {length} tokens, {tokens:,} tokens, "
+        f"{flops * tokens:.3g} FLOP"
     )
 
 

@@ -84,12 +84,10 @@ def _member(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
 def _with_url(source: Source, urls: frozenset[str]) -> Int64[np.ndarray, " found"]:
     wanted = {url.encode() for url in urls}
     lengths = np.unique([len(url) for url in wanted])
-    ends, content = source.url_ends, source._mapped("urls.bin")
     found: list[int] = []
     for first in range(0, source.documents, _AT_ONCE):
-        some = ends[first : first + _AT_ONCE + 1]
-        text, base = content[some[0] : some[-1]].tobytes(), int(some[0])
-        for i in np.flatnonzero(_member(np.diff(some), lengths)).tolist():
-            if text[some[i] - base : some[i + 1] - base] in wanted:
+        ends, text = source.urls(first, first + _AT_ONCE)
+        for i in np.flatnonzero(_member(np.diff(ends), lengths)).tolist():
+            if text[ends[i] : ends[i + 1]] in wanted:
                 found.append(first + i)
     return np.array(found, np.int64)

@@ -8,8 +8,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,77 +25,49 @@ from eurollm_jax.errors import UserError
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write to; it becomes `path`, in one rename, when the block ends without an exception.
 
-    What a killed run left behind is cleared away. Raises UserError when `path` is there already, or when another
-    process is writing it.
+    Raises UserError when `path` is there already, or when another process is writing it. On a file system without locks
+    the latter is only noticed by the one that ends second, since each writes under a name of its own.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already; choose another folder or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.mkdir(exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {path}; wait for it or choose another folder") from None
-        except OSError:
-            pass  # some cluster file systems have no locks
-        _clear(partial)
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-        _sync_tree(partial)
-        partial.rename(path)
-        _sync(path.parent)
-    finally:
-        os.close(handle)
+    if any(_locked(left) for left, _, _ in _partials(path)):
+        raise UserError(f"another process is writing {path}; wait for it or choose another folder")
+    with _partial_folder(path) as partial:
+        yield partial
+        if not _published(partial, path):
+            raise UserError(f"another process has written {path} meanwhile; use that, or delete it")
 
 
 @contextmanager
 def raced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write to, which becomes `path` in one rename; where others write the same, one wins.
 
-    For what any process would write alike: no locks are needed, since each writes under a name of its own, and all but
-    the first to end discard what they wrote. What killed processes of this machine left behind is cleared away.
+    For what any process would write alike: all but the first to end discard what they wrote. The folder around `path`
+    must be there, and stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clear_stale(path)
-    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
-    partial.mkdir()
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others that we live, where there are locks
+    with _partial_folder(path) as partial:
         yield partial
-        _sync_tree(partial)
-        with _unless_taken():
-            partial.rename(path)
-        _sync(path.parent)
-    finally:
-        os.close(handle)
-        shutil.rmtree(partial, ignore_errors=True)
+        _published(partial, path)
 
 
 def discard_folder(path: Path) -> None:
     """Delete the folder `path` as a whole: from the first moment on it is gone from its name."""
-    discarded = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     with suppress(FileNotFoundError):  # another process discards it too
-        path.rename(discarded)
-    shutil.rmtree(discarded, ignore_errors=True)
+        path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}.discarded"))
+    clear_stale(path)
 
 
 def clear_stale(path: Path) -> None:
-    """Delete what killed processes of this machine left of `raced_folder(path)` and `discard_folder(path)`.
+    """Delete what killed processes of this machine left of writing `path`, and what any left of discarding it.
 
-    The leftovers of other machines are left alone: whether their processes live cannot be known from here.
+    What other machines left of writing it is left alone: whether their processes live cannot be known from here.
     """
-    for left in path.parent.glob(f".{path.name}.{_HOST}.*.partial"):
-        process = left.name.split(".")[-2]
-        if process.isdecimal() and (int(process) == os.getpid() or not _lives(int(process))) and not _locked(left):
+    for left, host, process in _partials(path):
+        if host == _HOST and (process == os.getpid() or not _lives(process)) and not _locked(left):
             shutil.rmtree(left, ignore_errors=True)
+    for left, _ in _beside(path, r"([0-9a-f]{32})\.discarded"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -109,6 +83,18 @@ def full_disk_is_named(path: Path, rescue: str) -> Iterator[None]:
             raise
         reason = (error.strerror or "").lower()
         raise UserError(f"there is no room to write {path} ({reason}); free some space or quota, {rescue}") from None
+
+
+@contextmanager
+def removal_is_named(folder: Path) -> Iterator[None]:
+    """Turn the error of a file that is not there into a UserError, if it was in `folder`, which another process may
+    have finished with and removed."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if not str(error.filename).startswith(str(folder)):
+            raise
+        raise UserError(f"{folder} was removed meanwhile, perhaps by another process; run again") from None
 
 
 def write_json(path: Path, value: object) -> None:
@@ -130,11 +116,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprints(files: list[Path]) -> dict[str, str]:
-    """Name -> SHA-256 of each file: what a result was made from, wherever the files lie."""
-    return {file.name: file_sha256(file) for file in files}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -161,12 +142,46 @@ _HOST = socket.gethostname().replace(".", "-")
 
 
 @contextmanager
-def _unless_taken() -> Iterator[None]:
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, under a name that no other process uses; what is left of it is deleted."""
+    clear_stale(path)
+    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
+    partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY)
     try:
-        yield
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others that we live, where there are locks
+        yield partial
+    finally:
+        os.close(handle)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _published(partial: Path, path: Path) -> bool:
+    """Put what is in `partial` safely on disk and rename it to `path`, unless that is there: then False."""
+    _sync_tree(partial)
+    try:
+        partial.rename(path)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
+        return False
+    _sync_folder(path.parent)
+    return True
+
+
+def _partials(path: Path) -> list[tuple[Path, str, int]]:
+    """The folders in which `path` is written, or was until a kill, each with the machine and the process."""
+    found = _beside(path, r"([^.]+)\.(\d+)\.partial")
+    return [(folder, match[1], int(match[2])) for folder, match in found]
+
+
+def _beside(path: Path, ending: str) -> list[tuple[Path, re.Match[str]]]:
+    """The entries beside `path` whose names are a dot, its own name, another dot and `ending`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{ending}")
+    with suppress(FileNotFoundError):
+        return [(entry, match) for entry in path.parent.iterdir() if (match := name.fullmatch(entry.name))]
+    return []
 
 
 def _lives(process: int) -> bool:
@@ -184,7 +199,7 @@ def _locked(folder: Path) -> bool:
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
-        return True
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -196,25 +211,23 @@ def _locked(folder: Path) -> bool:
     return False
 
 
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
 def _sync_tree(folder: Path) -> None:
     # Together rather than one by one: a file system writes its journal once for several that wait.
+    entries = [*folder.rglob("*"), folder]
     with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(_sync, [*folder.rglob("*"), folder]):
+        for _ in pool.map(lambda entry: _sync_folder(entry) if entry.is_dir() else _sync_file(entry), entries):
             pass
 
 
-def _sync(path: Path) -> None:
+def _sync_file(path: Path) -> None:
+    """Raises OSError where the file system only now finds that there is no room, as network file systems do."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems cannot sync a folder
-            os.fsync(handle)
+        os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # some file systems cannot sync a folder
+        _sync_file(path)

@@ -97,7 +97,8 @@ def verify_store(store: TokenStore, console: Console) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=store.size)
         store.verify(lambda octets: progress.advance(bar, octets))
-    console.print(f"{store.path}: all {_si(store.size)}B of its files are as they were written", highlight=False)
+    said = f"{store.path}: all {_si(store.size)}B of its files are as they were written"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def chosen_sources(store: TokenStore, name: str | None = None) -> list[Source]:
@@ -175,7 +176,9 @@ def document_view(place: Place, tokenizer: Tokenizer, *, whole: bool) -> Rendera
 
 def _sources_table(title: str, what: str, groups: Mapping[str, Sequence[Source]], shards: Mapping[str, int]) -> Table:
     table = _table(title)
-    table.add_column(what, no_wrap=True, max_width=28, overflow="ellipsis")
+    table.add_column(
+        what, min_width=12, max_width=28, overflow="ellipsis"
+    )  # gives way in a narrow terminal; figures must not
     for heading in ("documents", "tokens", "text", "bytes/token", "fallback", "shards"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, sources in groups.items():
@@ -207,7 +210,7 @@ def _origins_table(sources: Sequence[Source]) -> Table:
     total = sum(octets for _, octets in sums.values())
     table = _table("By licence and origin")
     for heading in ("licence", "origin"):
-        table.add_column(heading, no_wrap=True, max_width=_COLUMN, overflow="ellipsis")
+        table.add_column(heading, max_width=_COLUMN, overflow="ellipsis")
     for heading in ("documents", "text", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (licence, name), (documents, octets) in sorted(sums.items(), key=lambda item: (item[0][0], -item[1][1])):

@@ -116,10 +116,13 @@ class Source:
         """Index of each document's origin in `origin_table`."""
         return self._load("origins")
 
-    @cached_property
-    def url_ends(self) -> Int64[np.ndarray, " documents+1"]:
-        """Where each document's URL ends among the bytes of all; the first entry is 0."""
-        return self._load("urls")
+    def urls(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " n+1"], bytes]:
+        """The URLs of documents `start` to `stop` as bytes, one after the other, and where in these each ends, 0 first.
+
+        Raises UserError where there are none, as in a Megatron dataset.
+        """
+        ends = self._load("urls")[start : stop + 1]
+        return ends - ends[0], self._mapped("urls.bin")[ends[0] : ends[-1]].tobytes()
 
     @property
     def has_records(self) -> bool:

@@ -1,7 +1,7 @@
 """StoreWriter: writes a token store document by document, in memory that does not grow with the corpus' text."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ MERGE_COLUMNS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
 }
 """What a merge of stores needs beside, when it drops documents: their counts, and their place among all sources'."""
 
-_BEGIN_AT_0 = ("offsets", *TEXTS)
 _BUFFERED_BYTES = 1 << 23
 _DOCUMENT_COST = 512  # bytes that an open document takes in Python's lists, about
 
@@ -81,7 +80,7 @@ class StoreWriter:
         text in UTF-8; `fallback` is how many tokens stand for one byte because no piece covers the character.
         """
         vocab_size = self._tokenizer["vocab_size"]
-        if not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        if tokens.max() >= vocab_size or (tokens.dtype.kind != "u" and tokens.min() < 0):
             raise ValueError(f"token ids of document {document.id} are outside the vocabulary of {vocab_size}")
         if source not in self._sources:
             folder = self._folder / source
@@ -140,10 +139,8 @@ class _SourceWriter:
     ) -> None:
         folder.mkdir(parents=True)
         self._folder, self._language, self._dtype, self._shard_tokens = folder, language, dtype, shard_tokens
-        self._columns = {
-            name: _Column(folder / f"{name}.npy", *kind, [0] if name in _BEGIN_AT_0 else [])
-            for name, kind in columns.items()
-        }
+        self._columns = {name: _Column(folder / f"{name}.npy", *kind) for name, kind in columns.items()}
+        self._rows: list[tuple[Any, ...]] = []  # of the columns in their order, not yet written
         self._tokens: list[bytes] = []  # of the last shard, not yet written
         self._texts: dict[str, list[bytes]] = {name: [] for name in TEXTS}
         self._written = dict.fromkeys(("offsets", *TEXTS), 0)  # so far, what is buffered included
@@ -151,6 +148,8 @@ class _SourceWriter:
         self._sums = {"characters": 0, "fallback": 0}
         self._origins: dict[tuple[str, str], dict[str, Any]] = {}
         self._numbers: dict[tuple[str, str], int] = {}
+        for name in self._written:
+            self._columns[name].append([0])
         self.flush()
 
     def add(self, document: Document, tokens: np.ndarray, values: Mapping[str, int], sha256: bytes) -> None:
@@ -167,16 +166,14 @@ class _SourceWriter:
             self.flush()
             self._shards.append({"file": shard_name(len(self._shards)), "tokens": 0})
         self._shards[-1]["tokens"] += len(tokens)
-        self._tokens.append(tokens.astype(self._dtype).tobytes())
+        self._tokens.append(tokens.astype(self._dtype, copy=False).tobytes())
 
-        row: dict[str, Any] = {**values, "sha256": np.frombuffer(sha256, np.uint8), "origins": number}
         self._written["offsets"] += len(tokens)
         for name, text in zip(TEXTS, (document.id, document.url, document.collected), strict=True):
             self._texts[name].append(text.encode())
             self._written[name] += len(self._texts[name][-1])
-        row |= self._written
-        for name, column in self._columns.items():
-            column.pending.append(row[name])
+        row = {**values, "sha256": sha256, "origins": number, **self._written}
+        self._rows.append(tuple([row[name] for name in self._columns]))
 
     def flush(self) -> None:
         with (self._folder / self._shards[-1]["file"]).open("ab") as file:
@@ -186,8 +183,9 @@ class _SourceWriter:
             with (self._folder / f"{name}.bin").open("ab") as file:
                 file.writelines(texts)
             texts.clear()
-        for column in self._columns.values():
-            column.flush()
+        for column, rows in zip(self._columns.values(), zip(*self._rows, strict=True), strict=False):
+            column.append(rows)
+        self._rows.clear()
 
     def close(self) -> Mapping[str, Any]:
         """Write the rest and return this source's entry in the manifest."""
@@ -215,18 +213,16 @@ class _SourceWriter:
 class _Column:
     """A .npy file that grows along its first axis."""
 
-    def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...], first: list[Any]) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]) -> None:
         self._path, self._dtype, self._row_shape = path, dtype, row_shape
-        self.pending: list[Any] = first
         self._rows = 0
         path.write_bytes(npy_header(dtype, (0, *row_shape)))
 
-    def flush(self) -> None:
+    def append(self, rows: Sequence[Any]) -> None:
+        """Rows of numbers, or of bytes that are a row each."""
         with self._path.open("ab") as file:
-            rows = np.array(self.pending, self._dtype).reshape(-1, *self._row_shape)
-            file.write(rows.tobytes())
+            file.write(b"".join(rows) if self._row_shape else np.array(rows, self._dtype).tobytes())
         self._rows += len(rows)
-        self.pending.clear()
 
     def finish(self) -> None:
         with self._path.open("r+b") as file:

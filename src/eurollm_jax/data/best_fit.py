@@ -6,8 +6,6 @@ beside the store: `STORE/packings/best-fit-LENGTH/SOURCE.plan/`.
 """
 
 import fcntl
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from eurollm_jax.corpus.folders import differences, file_sha256, new_folder, read_json, write_json
-from eurollm_jax.corpus.store import MANIFEST_NAME, Source
+from eurollm_jax.corpus.folders import differences, file_sha256, raced_folder, read_json, write_json
+from eurollm_jax.corpus.store import MANIFEST_NAME, Source, manifest_sha256
 from eurollm_jax.data.bin_packing import Plan, plan_rows
 from eurollm_jax.data.packing import Lines, Span
 from eurollm_jax.errors import UserError
@@ -46,7 +44,7 @@ class BestFitPacking:
     folder: Path  # of the plan
     rows: int  # in one epoch
     whole_rows: int  # the first rows, each a piece of one document
-    digest: str  # SHA-256 of the plan, in hex
+    digest: str  # SHA-256 of the plan's manifest, in hex
 
     @classmethod
     def open(cls, source: Source, length: int, store_path: Path) -> "BestFitPacking":
@@ -70,7 +68,7 @@ class BestFitPacking:
         manifest = _checked(folder)
         if differing := differences(manifest["documents"], documents):
             raise UserError(f"{folder} is a plan for other documents: {differing}; delete that folder to plan anew")
-        return cls(source, length, folder, manifest["rows"], manifest["whole_rows"], _digest(manifest))
+        return cls(source, length, folder, manifest["rows"], manifest["whole_rows"], manifest["sha256"])
 
     def __reduce__(self) -> tuple[type["BestFitPacking"], tuple[Any, ...]]:
         return BestFitPacking, (self.source, self.length, self.folder, self.rows, self.whole_rows, self.digest)
@@ -151,10 +149,17 @@ def verify_plan(folder: Path) -> None:
 
 
 def verify_plans(store_path: Path) -> int:
-    """Verifies every plan that lies beside a store; returns how many there are."""
+    """Verifies every plan that lies beside a store; returns how many there are. Raises UserError that names all that
+    are damaged."""
     folders = sorted(path.parent for path in (store_path / "packings").rglob(PLAN_NAME))
+    faults = []
     for folder in folders:
-        verify_plan(folder)
+        try:
+            verify_plan(folder)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(". ".join(faults))
     return len(folders)
 
 
@@ -165,7 +170,7 @@ def _identity(store_path: Path, source: Source, length: int) -> dict[str, Any]:
 
 
 def _write(folder: Path, plan: Plan, documents: dict[str, Any]) -> None:
-    with new_folder(folder) as partial:
+    with raced_folder(folder) as partial:
         files = {}
         for name in COLUMNS:
             path = partial / f"{name}.npy"
@@ -179,14 +184,18 @@ def _write(folder: Path, plan: Plan, documents: dict[str, Any]) -> None:
             "whole_rows": plan.whole_rows,
             "files": files,
         }
-        write_json(partial / PLAN_NAME, manifest)
+        write_json(partial / PLAN_NAME, manifest | {"sha256": manifest_sha256(manifest)})
 
 
 def _checked(folder: Path) -> dict[str, Any]:
     """A plan's manifest, with every file there in its full size; UserError otherwise."""
+    if not (folder / PLAN_NAME).is_file():
+        raise UserError(f"{folder} has no {PLAN_NAME}; delete that folder to plan anew")
     manifest = read_json(folder / PLAN_NAME)
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{folder} is not a best-fit plan of version {VERSION}; delete that folder to plan anew")
+    if manifest.get("sha256") != manifest_sha256(manifest):
+        raise UserError(f"{folder / PLAN_NAME} is damaged (its own hash does not fit); delete {folder} to plan anew")
     for name, entry in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if size != entry["size"]:
@@ -194,11 +203,6 @@ def _checked(folder: Path) -> dict[str, Any]:
                 f"{folder / name} has {size} bytes and should have {entry['size']}; delete {folder} to plan anew"
             )
     return manifest
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -212,5 +216,5 @@ def _alone(folder: Path) -> Iterator[None]:
             log.info("another process writes to %s: waiting for it", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass  # some cluster file systems have no locks
+            pass  # some cluster file systems have no locks: each plans for itself, and one plan is kept
         yield

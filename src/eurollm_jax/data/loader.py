@@ -85,7 +85,8 @@ class Data:
         schedule = config.mixture.compile(sizes, total_rows)
         order = Order(schedule, {name: size.rows for name, size in sizes.items()}, config.seed)
         ordered = tuple(packings[name] for name in schedule.names)
-        removed = tuple(find_removed(removal, sources, ordered) for removal in config.removed)
+        read = {schedule.names[source] for source in schedule.scheduled}
+        removed = tuple(find_removed(removal, sources, ordered, read) for removal in config.removed)
         return cls(config, tuple(stores), sources, ordered, sizes, schedule, order, removed)
 
     @property
@@ -232,7 +233,7 @@ def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Gener
             flags.FLAGS.mark_as_parsed()
         alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-        iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(alone).mp_prefetch(options))
+        iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(alone).mp_prefetch(options, _start_worker))
     else:
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
         iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(reading))
@@ -240,6 +241,12 @@ def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Gener
         yield from iterator
     finally:
         iterator.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    from eurollm_jax.corpus.preparing.processes import follow_parent
+
+    follow_parent()  # Grain's workers wait for a killed parent for ever, with their batches in shared memory
 
 
 def _located(order: Order, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:

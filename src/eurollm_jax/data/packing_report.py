@@ -84,10 +84,10 @@ def packing_report(figures: Sequence[PackingFigures], length: int) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("source", no_wrap=True)
+    table.add_column("source", min_width=8, max_width=28, overflow="ellipsis")  # gives way where there is no room
     table.add_column("packing", no_wrap=True)
     for name in ("rows", "documents", "cut", "needlessly", "unused", "padding"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     kinds = dict.fromkeys(entry.packing for entry in figures)
     for entry in [*(_sum([f for f in figures if f.packing == kind]) for kind in kinds), *figures]:
         table.add_row(

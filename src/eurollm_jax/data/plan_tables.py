@@ -52,7 +52,7 @@ def _table(
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, expand=False
     )
-    table.add_column("source", no_wrap=True, max_width=22, overflow="ellipsis")
+    table.add_column("source", min_width=12, max_width=22, overflow="ellipsis")  # gives way; figures must not
     for name in ("share", "rows", "tokens", "bytes", "epochs", "repeats"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("held by", no_wrap=True)

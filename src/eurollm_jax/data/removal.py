@@ -6,7 +6,7 @@ padding.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,14 @@ class Removed:
         return hit
 
 
-def find_removed(removal: Removal, sources: Mapping[str, Source], packings: Sequence[Packing]) -> Removed:
-    """The documents of `sources` that the removal's block list names; how many, and how much they are, goes to the log.
+def find_removed(
+    removal: Removal, sources: Mapping[str, Source], packings: Sequence[Packing], read: Container[str]
+) -> Removed:
+    """The documents that the removal's block list names in the sources whose names are in `read`, those that the run
+    reads; how many, and how much they are, goes to the log.
 
-    Raises UserError for a list that cannot be read, and for a negative row.
+    Raises UserError for a list that cannot be read, for a negative row, and for a source that cannot be searched: what
+    was to be removed might be in it.
     """
     from eurollm_jax.corpus.blocklist import Blocklist
 
@@ -105,7 +109,14 @@ def find_removed(removal: Removal, sources: Mapping[str, Source], packings: Sequ
             f"the removal of {removal.blocklist} begins at row {removal.from_row}; give row 0 or a later one"
         )
     blocklist = Blocklist.load(Path(removal.blocklist))
-    found = [np.sort(blocklist.find(source)) for source in sources.values()]
+    for name, source in sources.items():
+        if name in read and not source.has_records:
+            raise UserError(
+                f"{removal.blocklist} cannot be applied to source {name}: it is read from Megatron files, which say "
+                "neither hashes nor URLs of their documents; prepare its text again, or leave it out of the mixture"
+            )
+    none = np.empty(0, np.int64)
+    found = [blocklist.find(source) if name in read else none for name, source in sources.items()]
     offsets = [source.offsets for source in sources.values()]
     removed = Removed(
         blocklist.sha256,
@@ -123,7 +134,9 @@ def find_removed(removal: Removal, sources: Mapping[str, Source], packings: Sequ
             removed.rows_hit(packings, list(sources.values())),
         )
     else:
-        log.warning("%s names no document of the stores: NOTHING IS REMOVED; is it the right list?", removal.blocklist)
+        log.warning(
+            "%s names no document that the run reads: NOTHING IS REMOVED; is it the right list?", removal.blocklist
+        )
     return removed
 
 

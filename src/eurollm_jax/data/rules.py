@@ -75,7 +75,8 @@ def _divide(rule: Rule, names: Sequence[str], corpus: Corpus, budget: float, whe
     if rule.over == "source":
         inner = {group: _Division({group: 1.0}) for group in groups}
     shares = dict.fromkeys(groups, 1 / len(groups))
-    for _ in range(_ROUNDS):
+    settled = True
+    for turn in range(_ROUNDS):
         if rule.over != "source":
             inner = {g: _divide(rule.inner, groups[g], corpus, budget * shares[g], where) for g in groups}
         worth = {g: math.fsum(q * corpus.per_row(s, rule.unit) for s, q in inner[g].rows.items()) for g in groups}
@@ -83,14 +84,17 @@ def _divide(rule: Rule, names: Sequence[str], corpus: Corpus, budget: float, whe
         before, shares = shares, _normalised({group: weights[group] / worth[group] for group in groups})
         if all(math.isclose(shares[g], before[g], rel_tol=1e-12) for g in groups):
             break
+        # They may go to and fro between two states: a smaller part of the way then.
+        part = 2.0 ** -(4 * turn // _ROUNDS)
+        shares = _normalised({group: before[group] ** (1 - part) * shares[group] ** part for group in groups})
     else:
-        raise UserError(f"{where}: the unimax inside each group does not settle; write both rules in one unit")
+        settled = False
+    lacks = [lack, *(f"in {group}, {division.lack}" for group, division in inner.items() if division.lack)]
+    lack = next(filter(None, lacks), "")
+    if not (settled or lack):
+        raise UserError(f"{where}: the unimax inside each group does not settle; raise its max_epochs")
     rows = {s: shares[g] * q for g in groups for s, q in inner[g].rows.items()}
-    return _Division(rows, bound.union(*(d.bound for d in inner.values())), lack or "".join(_lacks(inner)[:1]))
-
-
-def _lacks(inner: Mapping[str, _Division]) -> list[str]:
-    return [f"in {group}, {division.lack}" for group, division in inner.items() if division.lack]
+    return _Division(rows, bound.union(*(d.bound for d in inner.values())), lack)
 
 
 def _groups(rule: Rule, names: Sequence[str], corpus: Corpus, where: str) -> dict[str, list[str]]:

@@ -136,8 +136,6 @@ def train(experiment: Experiment, docstring: str) -> Path:
     embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
     facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
     folder = claim_run(experiment, docstring, hashes, facts)
-    write_json(folder / "plan.json", plan(experiment, inputs.data) | {"parity": inputs.parity.describe()})
-    _keep_tokenizer(inputs.tokenizer, folder / "tokenizer")
     with locked(folder):
         _go_on(Run(experiment, inputs, layout, program, measure, folder))
     return folder
@@ -157,10 +155,12 @@ def _go_on(run: Run) -> None:
     if resume_at == experiment.steps:
         log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
     else:
+        write_json(run.folder / "plan.json", plan(experiment, data) | {"parity": run.inputs.parity.describe()})
+        _keep_tokenizer(run.inputs.tokenizer, run.folder / "tokenizer")
         for outdated in ("evaluation.json", "samples.json", "report.html"):
             (run.folder / outdated).unlink(missing_ok=True)
         with (
-            MetricsWriter(run.folder, resume_at=resume_at or 0, facts=environment()) as writer,
+            MetricsWriter(run.folder, resume_at=resume_at or 0, facts=_facts(run)) as writer,
             Progress(experiment.name, experiment.steps, resume_at or 0) as bar,
             closing(data.loader(progress["row"], run.batch_sizes, stop_row=experiment.total_rows)) as batches,
         ):
@@ -168,6 +168,17 @@ def _go_on(run: Run) -> None:
             state = _loop(run, state, progress["row"], batches, checkpoints, recorder)
     checkpoints.close()
     _conclude(run, state.params)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What may be another at each start of a run, beside its plan."""
+    return {
+        **environment(),
+        "stores": list(run.experiment.data.stores),
+        "workers": run.experiment.data.workers,
+        "removed": [removed.describe() for removed in run.inputs.data.removed],
+        "parity_allowed": run.inputs.parity.describe()["allowed_beyond"],
+    }
 
 
 def _loop(

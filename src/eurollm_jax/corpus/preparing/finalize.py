@@ -13,14 +13,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from eurollm_jax.corpus.folders import discard_folder, full_disk_is_named, new_folder, read_json, write_json
+from eurollm_jax.corpus.folders import (
+    discard_folder,
+    full_disk_is_named,
+    new_folder,
+    read_json,
+    removal_is_named,
+    write_json,
+)
 from eurollm_jax.corpus.preparing.duplicates import later_duplicates
 from eurollm_jax.corpus.preparing.input_files import change, merged
 from eurollm_jax.corpus.preparing.merge import Piece, merge_source
 from eurollm_jax.corpus.preparing.processes import run_jobs
 from eurollm_jax.corpus.preparing.unit import STAYS
 from eurollm_jax.corpus.preparing.work_plan import WorkPlan, work_folder
-from eurollm_jax.corpus.store import MANIFEST_NAME, TokenStore
+from eurollm_jax.corpus.store import MANIFEST_NAME, TokenStore, manifest_sha256
 from eurollm_jax.corpus.store_writer import SHARD_TOKENS, write_manifest
 from eurollm_jax.errors import UserError
 
@@ -41,18 +48,27 @@ def finalize(out: Path, *, workers: int | None = None, shard_tokens: int = SHARD
     they were read; for a full disk; and when all documents were left out.
     """
     work = work_folder(out)
-    if (out / RESULT_NAME).is_file():
-        discard_folder(work)
-        return TokenStore.open(out)
-    plan = WorkPlan.load(work)
+    if not (out / RESULT_NAME).is_file():
+        try:
+            with removal_is_named(work), full_disk_is_named(out, STAYS):
+                _finalize(WorkPlan.load(work), out, workers or len(os.sched_getaffinity(0)), shard_tokens)
+        except UserError:
+            if not (out / RESULT_NAME).is_file():  # else another process has done the same, and was first
+                raise
+    store = TokenStore.open(out)
+    discard_folder(work)
+    return store
+
+
+def _finalize(plan: WorkPlan, out: Path, workers: int, shard_tokens: int) -> None:
     records = _records(plan)
     _check_inputs(plan, records)
-    manifests = [read_json(plan.unit_folder(number) / MANIFEST_NAME)["sources"] for number in range(len(records))]
+    manifests = [_sources(plan.unit_folder(number)) for number in range(len(records))]
     dropped = _duplicates(plan, manifests)
-    with full_disk_is_named(out, STAYS), new_folder(out) as folder:
-        sources = _merge(plan, manifests, dropped, folder, workers or len(os.sched_getaffinity(0)), shard_tokens)
+    with new_folder(out) as folder:
+        sources = _merge(plan, manifests, dropped, folder, workers, shard_tokens)
         if not sources:
-            raise UserError(f"no document is left for {out}: all are refused or blocked; see {work}")
+            raise UserError(f"no document is left for {out}: all are refused or blocked; see {plan.folder}")
         write_manifest(folder, plan.tokenizer, sources)
         result = _result(plan, records, manifests, sources)
         if result["refused"]:
@@ -60,9 +76,7 @@ def finalize(out: Path, *, workers: int | None = None, shard_tokens: int = SHARD
                 for record in records:
                     file.writelines(json.dumps(refused, ensure_ascii=False) + "\n" for refused in record["refused"])
         write_json(folder / RESULT_NAME, result)
-    discard_folder(work)
     _say(out, result, sources)
-    return TokenStore.open(out)
 
 
 def _records(plan: WorkPlan) -> list[dict[str, Any]]:
@@ -83,6 +97,14 @@ def _check_inputs(plan: WorkPlan, records: Sequence[Mapping[str, Any]]) -> None:
         if changes:
             what = f"{', '.join(changes[:3])} since unit {number} was made"
             raise UserError(f"{what}; put it back, or delete {plan.folder} and prepare again")
+
+
+def _sources(unit: Path) -> dict[str, Any]:
+    """What a finished unit's manifest says of its sources."""
+    manifest = read_json(unit / MANIFEST_NAME)
+    if manifest.get("sha256") != manifest_sha256(manifest):
+        raise UserError(f"{unit / MANIFEST_NAME} is damaged; delete its unit's folder and prepare again")
+    return manifest["sources"]
 
 
 def _duplicates(plan: WorkPlan, manifests: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:

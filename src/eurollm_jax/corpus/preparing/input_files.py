@@ -4,6 +4,7 @@ Hashing terabytes only to find nothing changed would take hours, and trusting si
 file for the one that was read.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -30,15 +31,19 @@ def file_names(parts: Iterable[Part]) -> dict[Path, str]:
 
 
 def read_records(parts: Iterable[Part], names: Mapping[Path, str]) -> dict[str, Record]:
-    """Name -> record of each file of `parts`, hashed as far as the parts reach."""
+    """Name -> record of each file of `parts`, hashed as far as the parts reach. UserError for an unreadable one."""
     records: dict[str, Record] = {}
     for part in parts:
         for file in map(_absolute, part_files(part)):
-            before = status(file)
-            first, stop = _range(part, before[0])
-            record = records.setdefault(names[file], {"status": before, "hashes": []})
-            if [first, stop] not in [found[:2] for found in record["hashes"]]:
-                record["hashes"].append([first, stop, _sha256(file, first, stop)])
+            try:
+                before = status(file)
+                first, stop = _range(part, before[0])
+                record = records.setdefault(names[file], {"status": before, "hashes": []})
+                if [first, stop] not in [found[:2] for found in record["hashes"]]:
+                    record["hashes"].append([first, stop, _hashed_once(file, first, stop, *before)])
+            except OSError as error:
+                why = (error.strerror or "").lower()
+                raise UserError(f"{file} cannot be read ({why}); mend that and run the same command again") from None
     return records
 
 
@@ -91,6 +96,12 @@ def _range(part: Part, size: int) -> tuple[int, int]:
 
 def _absolute(file: Path) -> Path:
     return Path(os.path.abspath(file))
+
+
+@functools.lru_cache(maxsize=256)
+def _hashed_once(file: Path, first: int, stop: int, *_: int) -> str:
+    """`_sha256` of a file of this status: a process that reads it part by part need not hash it for each."""
+    return _sha256(file, first, stop)
 
 
 def _sha256(file: Path, first: int, stop: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eurollm_jax.corpus.folders import clear_stale, discard_folder, full_disk_is_named, read_json
+from eurollm_jax.corpus.folders import discard_folder, full_disk_is_named, read_json, removal_is_named
 from eurollm_jax.corpus.preparing.finalize import RESULT_NAME, finalize
 from eurollm_jax.corpus.preparing.input_files import change
 from eurollm_jax.corpus.preparing.processes import run_jobs
@@ -52,9 +52,10 @@ def prepare(
         _do(plan, range(len(plan.units)), tokenizer, options, workers)
         _check_refused(plan, options)
         return finalize(out, workers=workers)
-    except (UserError, FileNotFoundError):
+    except BaseException as error:
+        plan.abandon()
         # Another process that did the same work may have finished it, and removed what we were at.
-        if (store := _existing(out, plan, options)) is not None:
+        if isinstance(error, UserError) and (store := _existing(out, plan, options)) is not None:
             return store
         raise
 
@@ -87,26 +88,20 @@ def _do(
     plan: WorkPlan, numbers: Sequence[int], tokenizer: Tokenizer, options: PrepareOptions, workers: int | None
 ) -> None:
     """Do those of the units `numbers` that are not done."""
-    with full_disk_is_named(plan.folder, STAYS):
+    with removal_is_named(plan.folder), full_disk_is_named(plan.folder, STAYS):
         plan.settle()
-    done = {number: record for number in numbers if (record := plan.record(number)) is not None}
-    files = {name: file for file, name in plan.names.items()}
-    for record in done.values():
-        _check_files(f"{plan.folder} was begun with other data", files, record["files"])
-    left = [number for number in numbers if number not in done]
-    cores = len(os.sched_getaffinity(0))
-    workers = max(1, min(workers or cores, len(left)))
-    job = functools.partial(_unit_job, plan, tokenizer, options, max(1, cores // workers))
-    rescue = f"what is done stays in {plan.folder}: run the same command again, with fewer workers"
-    try:
+        done = {number: record for number in numbers if (record := plan.record(number)) is not None}
+        files = {name: file for file, name in plan.names.items()}
+        for record in done.values():
+            _check_files(f"{plan.folder} was begun with other data", files, record["files"])
+        left = [number for number in numbers if number not in done]
+        cores = len(os.sched_getaffinity(0))
+        workers = max(1, min(workers or cores, len(left)))
+        job = functools.partial(_unit_job, plan, tokenizer, options, max(1, cores // workers))
+        rescue = f"what is done stays in {plan.folder}: run the same command again, with fewer workers"
         with _progress(plan, done, left) as (show, end):
             for number, text_bytes in run_jobs(job, left, workers=workers, show=show, rescue=rescue):
                 end(number, text_bytes)
-    except BaseException as error:
-        if isinstance(error, FileNotFoundError) and not plan.folder.exists():
-            raise UserError(f"{plan.folder} was removed meanwhile, perhaps by another process; run again") from None
-        plan.abandon()
-        raise
 
 
 def _unit_job(
@@ -136,7 +131,6 @@ def _existing(out: Path, plan: WorkPlan, options: PrepareOptions) -> TokenStore 
         raise UserError(f"{out} was made without {there['refused']:,} bad documents; ask to skip them, or delete it")
     print(f"{out} holds this store already", file=sys.stderr)
     discard_folder(plan.folder)  # left behind when the last run was killed right after it had finished the store
-    clear_stale(plan.folder)
     return TokenStore.open(out)
 
 

@@ -68,8 +68,7 @@ def _work(argument: Any) -> Any:
 
 def _start_worker(job: Callable[..., Any], counter: Any, stop: Any) -> None:
     global _job, _tick
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and stops us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
 
     def tick(amount: int) -> None:
         with counter.get_lock():
@@ -78,6 +77,13 @@ def _start_worker(job: Callable[..., Any], counter: Any, stop: Any) -> None:
             raise _Stopped
 
     _job, _tick = job, tick
+
+
+def follow_parent() -> None:
+    """For the start of a worker process: from now on it ends when its parent does, however that ends, and leaves an
+    interrupt from the keyboard to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eurollm_jax.corpus.blocklist import Blocklist
 from eurollm_jax.corpus.folders import full_disk_is_named, raced_folder, write_json
-from eurollm_jax.corpus.preparing.encoding import Incoming, encode_for_store, text_sha256
+from eurollm_jax.corpus.preparing.encoding import Incoming, encode_for_store, text_digest
 from eurollm_jax.corpus.preparing.input_files import Record, check_still, read_records
 from eurollm_jax.corpus.preparing.work_plan import RECORD_NAME, PrepareOptions, WorkPlan
 from eurollm_jax.corpus.reading.documents import Document
@@ -110,11 +110,11 @@ def source_name(document: Document, by: str) -> str:
 
 def _not_blocked(reading: Reading, blocklist: Blocklist | None, blocked: Counter[str], by: str) -> Iterator[Incoming]:
     for document, name in reading:
-        sha256 = text_sha256(document.text)
+        sha256, byte_length = text_digest(document.text)
         if blocklist and blocklist.blocks(sha256, document.url):
             blocked[source_name(document, by)] += 1
         else:
-            yield Incoming(document, sha256, name)
+            yield Incoming(document, sha256, byte_length, name)
 
 
 def _kind(name: str, reason: str) -> str:

@@ -137,6 +137,7 @@ class WorkPlan:
                 f"{self.folder} is there already and has no {PLAN_NAME}; delete it or choose another folder"
             )
         there = read_json(self.folder / PLAN_NAME)
+        (self.folder / UNITS_NAME).mkdir(exist_ok=True)  # a kill may have come while the plan was abandoned
         if there["sha256"] == self.sha256:
             return
         difference = difference_of(there["identity"], self.identity)
@@ -149,7 +150,8 @@ class WorkPlan:
         self.settle()
 
     def abandon(self) -> None:
-        """Remove the plan when nothing of it is done or in progress."""
+        """Remove the plan when nothing of it is done or in progress. For a process that does all of the work: of
+        several, one that fails would take the plan away from those that have not begun."""
         with suppress(OSError):
             (self.folder / UNITS_NAME).rmdir()
             discard_folder(self.folder)

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from eurollm_jax.corpus.preparing.encoding import encode_documents
-from eurollm_jax.corpus.reading.sources import corpus_files, read_documents
+from eurollm_jax.corpus.reading.sources import Defaults, Fault, find_parts, read_part, stop_at
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.languages import LANGUAGES
 
@@ -48,14 +48,23 @@ class _Sums:
     words: int = field(default=0)
 
 
-def tokenizer_report(tokenizer: Tokenizer, texts: Path, *, threads: int = 1) -> list[LanguageRow]:
-    """A row for each language of the corpus files of `texts`, the language that pays most per character first.
+def tokenizer_report(
+    tokenizer: Tokenizer,
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    threads: int = 1,
+    defaults: Defaults = Defaults(),  # noqa: B008
+    fault: Fault = stop_at,
+) -> list[LanguageRow]:
+    """A row for each language of the documents of `inputs`, the language that pays most per character first.
 
-    Raises UserError for bad inputs, with file and line.
+    `inputs`, `defaults` and `fault` are those of `sources.find_parts` and `sources.read_part`. Raises UserError for bad
+    inputs, with file and line.
     """
     sums: dict[str, _Sums] = {}
-    for file in corpus_files(texts):
-        for document, ids in encode_documents(read_documents(file), tokenizer, threads=threads, where=file):
+    for part in find_parts([inputs] if isinstance(inputs, str | Path) else inputs):
+        documents = read_part(part, defaults, fault)
+        for document, ids in encode_documents(documents, tokenizer, threads=threads, where=part.input, fault=fault):
             if document.language not in sums:
                 sums[document.language] = _Sums(np.zeros(tokenizer.vocab_size, np.int64))
             language = sums[document.language]

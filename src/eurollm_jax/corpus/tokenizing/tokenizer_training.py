@@ -8,7 +8,7 @@ import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,8 +17,9 @@ import numpy as np
 import sentencepiece
 from rich.console import Console
 
-from eurollm_jax.corpus.folders import differences, file_sha256, fingerprints, new_folder, read_json, write_json
-from eurollm_jax.corpus.reading.sources import corpus_files, read_documents
+from eurollm_jax.corpus.folders import differences, file_sha256, new_folder, read_json, write_json
+from eurollm_jax.corpus.preparing.input_files import file_names
+from eurollm_jax.corpus.reading.sources import Defaults, Fault, Part, find_parts, read_part, stop_at
 from eurollm_jax.corpus.tokenizing.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -41,7 +42,7 @@ _NEVER_PIECES = frozenset(f"\n \u2585{SPACE_MARK}{STAND_IN}")
 
 
 def train_tokenizer(
-    inputs: Path,
+    inputs: str | Path | Sequence[str | Path],
     out: Path,
     *,
     vocab_size: int,
@@ -50,8 +51,13 @@ def train_tokenizer(
     coverage: float = 0.9999,
     seed: int = 0,
     special_tokens: tuple[str, ...] = (),
+    defaults: Defaults = Defaults(),  # noqa: B008
+    fault: Fault = stop_at,
 ) -> Tokenizer:
-    """Train on the corpus files of `inputs` and write `tokenizer.model` and `training.json` to the folder `out`.
+    """Train on the documents of `inputs` and write `tokenizer.model` and `training.json` to the folder `out`.
+
+    `inputs`, `defaults` and `fault`, which is called once for each document that cannot be used, are those of
+    `sources.find_parts` and `sources.read_part`.
 
     Of each language the sample has bytes in proportion to (its bytes)^`alpha`, but never more than there are, and
     `sample_bytes` in all: unless given, a sixth of the text, but at least 1 MB and at most 100 MB, for a sample of all
@@ -63,7 +69,7 @@ def train_tokenizer(
     that of another, when `vocab_size` is too small for the alphabets or too large for the sample, and for bad inputs.
     """
     _check_options(vocab_size, alpha, sample_bytes, coverage, special_tokens)
-    files = corpus_files(inputs)
+    parts = find_parts([inputs] if isinstance(inputs, str | Path) else inputs)
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "alpha": alpha,
@@ -71,18 +77,22 @@ def train_tokenizer(
         "coverage": coverage,
         "seed": seed,
         "special_tokens": list(special_tokens),
+        "language": defaults.language,
+        "fields": dict(defaults.fields),
         "sentencepiece": sentencepiece.__version__,
     }
-    fingerprint = fingerprints(files)
+    fingerprint = _fingerprint(parts)
     if (out / RECORD_NAME).is_file():
         return _existing(out, options, fingerprint)
 
     console = Console(stderr=True)
     with new_folder(out) as folder:
         with console.status("reading text for the tokenizer"):
-            sizes = language_bytes(files)
+            sizes = language_bytes(parts, defaults, fault)
+            if not sizes:
+                raise UserError(f"no document is left to train {out} on: all are refused; give other text")
             total = sample_bytes or min(max(sum(sizes.values()) // 6, 1_000_000), 100_000_000)
-            sample = draw_sample(files, sample_sizes(sizes, alpha, total), sizes, seed)
+            sample = draw_sample(parts, sample_sizes(sizes, alpha, total), sizes, seed, defaults)
         alphabet = sorted(set().union(*(_alphabet(lines, coverage) for lines in sample.values())) - _NEVER_PIECES)
         fixed = 4 + len(special_tokens) + 256 + 2  # newline and space
         if fixed + len(alphabet) > vocab_size:
@@ -107,11 +117,22 @@ def train_tokenizer(
     return tokenizer
 
 
-def language_bytes(files: list[Path]) -> dict[str, int]:
+def _fingerprint(parts: Sequence[Part]) -> dict[str, str]:
+    """Name -> SHA-256 of each file, and the slices of TFDS datasets, which are not known by their files alone."""
+    hashes = {name: file_sha256(file) for file, name in file_names(parts).items()}
+    slices = dict.fromkeys(part.input.partition("&data_dir=")[0] for part in parts if part.input.startswith("tfds:"))
+    return hashes | dict.fromkeys(slices, "read")
+
+
+def language_bytes(
+    parts: Sequence[Part],
+    defaults: Defaults = Defaults(),  # noqa: B008
+    fault: Fault = stop_at,
+) -> dict[str, int]:
     """Language code -> UTF-8 bytes of its documents, sorted by code."""
     sizes: Counter[str] = Counter()
-    for file in files:
-        for document in read_documents(file):
+    for part in parts:
+        for document in read_part(part, defaults, fault):
             sizes[document.language] += len(document.text.encode())
     return dict(sorted(sizes.items()))
 
@@ -133,13 +154,20 @@ def sample_sizes(sizes: Mapping[str, int], alpha: float, total: int) -> dict[str
 
 
 def draw_sample(
-    files: list[Path], wanted: Mapping[str, float], sizes: Mapping[str, int], seed: int
+    parts: Sequence[Part],
+    wanted: Mapping[str, float],
+    sizes: Mapping[str, int],
+    seed: int,
+    defaults: Defaults = Defaults(),  # noqa: B008
 ) -> dict[str, list[str]]:
-    """Language code -> random lines of its documents, about `wanted` bytes of the `sizes` there are."""
+    """Language code -> random lines of its documents, about `wanted` bytes of the `sizes` there are.
+
+    Documents that cannot be used are passed over, for `language_bytes` has told of them.
+    """
     sample: dict[str, list[str]] = {language: [] for language in sizes}
     dice = {language: Random(f"{seed}/{language}") for language in sizes}
-    for file in files:
-        for document in read_documents(file):
+    for part in parts:
+        for document in read_part(part, defaults, lambda _: None):
             share = wanted[document.language] / sizes[document.language]
             roll = dice[document.language].random
             lines = (line for line in _lines(document.text) if share >= 1 or roll() < share)

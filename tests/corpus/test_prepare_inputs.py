@@ -128,7 +128,7 @@ def bad_input(kind, good, path):
             said = ", line 71 is not UTF-8 (byte 13 of the line is 0xfc); convert the file to UTF-8"
         case "NUL":
             lines[70] = b'{"text": "a\\u0000b", "language": "de"}'
-            said = ", line 71: character 2 of the text is NUL (U+0000); remove it or the document"
+            said = ", line 71: character 2 of the text is NUL (U+0000); remove it, or skip bad documents"
         case "empty language":
             lines[70] = b'{"text": "a", "language": ""}'
             said = ', line 71 says no language; add a field such as "language": "fr"'

@@ -150,7 +150,7 @@ def test_what_no_datamix_can_say_is_refused(tmp_path):
     staged = both.stage(at_row=10, mixture=Mixture.shares({"fi": 1.0})).compile(sizes, 100)
     one = both.compile(sizes, 100)
     for schedule, prefixes, message in [
-        (staged, {"fi": "/fi", "sv": "/sv"}, "has 2 stages, and a datamix.txt holds one"),
+        (staged, {"fi": "/fi", "sv": "/sv"}, "changes in the course of the run, and a datamix.txt holds one"),
         (one, {"fi": "/fi"}, "'sv' has no dataset"),
         (one, {"fi": "/fi", "sv": "/s v"}, "'/s v' holds white space"),
     ]:

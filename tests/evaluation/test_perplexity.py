@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from eurollm_jax.corpus.preparing.prepare import PrepareOptions, prepare
 from eurollm_jax.evaluation.perplexity import (
     HeldOut,
     baselines,
@@ -75,6 +76,23 @@ def test_nats_and_bytes_are_exact(model, store, tokenizer):
         assert result[name]["bytes"] == source.byte_lengths.sum()
 
 
+def test_sources_of_one_language_are_measured_together(model, store, corpus_dir, tokenizer, tmp_path):
+    by_origin = prepare(corpus_dir, tokenizer, tmp_path / "store", PrepareOptions(by="origin"), workers=1)
+    assert len(by_origin.sources) == 2 * len(store.sources)
+    config, params = model
+    layout = Layout(MeshConfig().build())
+    heldout = HeldOut(by_origin, LENGTH, batch_size=16)
+    measure = build_measure(config, layout, tokenizer.piece_bytes, len(heldout.languages))
+    result = evaluation(heldout, measure_heldout(measure, params, heldout, layout), tokenizer, step=3)
+    assert list(result["languages"]) == list(store.sources)
+    assert result["beats_xz"]["official_total"] == len(store.sources)
+    for name, figures in result["languages"].items():
+        source = store.sources[name]
+        assert figures["documents"] == source.documents
+        assert figures["bytes"] == source.bytes
+        assert figures["tokens"] == source.tokens - source.documents
+
+
 def test_first_rows_only(model, store, tokenizer):
     heldout = HeldOut(store, LENGTH, batch_size=16)
     rows = np.concatenate([batch.source[batch.mask.any(axis=1)] for batch in heldout.batches(3)])
@@ -85,7 +103,7 @@ def test_baselines_read_the_documents_themselves(store, tokenizer):
     source = store.sources["bg"]
     texts = [tokenizer.decode(source.document_tokens(i)[1:-1]) for i in range(source.documents)]
     joined = "\n".join(texts).encode()
-    result = baselines(source, tokenizer)
+    result = baselines([source], tokenizer)
     packed = lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)
     assert result["xz"] == pytest.approx(8 * len(packed) / source.bytes)
     assert result["order0"] < 8

@@ -57,7 +57,9 @@ def inspect_store(
         _print_tables(store, sources, console)
         return
     if tokenizer is None:
-        raise UserError(f"{store.path} holds tokens; give the tokenizer that made them to read their text")
+        raise UserError(
+            f"{store.path} holds tokens; to read their text give the tokenizer that made them (--tokenizer)"
+        )
     loaded = Tokenizer.load(tokenizer)
     if loaded.sha256 != store.tokenizer_sha256:
         raise UserError(

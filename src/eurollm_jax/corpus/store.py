@@ -242,9 +242,10 @@ class TokenStore:
         manifest = read_json(path / MANIFEST_NAME)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"{path} is not a token store: its {MANIFEST_NAME} is of something else")
-        if manifest.get("version") != VERSION:
+        version = manifest.get("version")
+        if version != VERSION and version is not None:
             raise UserError(
-                f"{path} is a token store of version {manifest.get('version')}, and this program reads version "
+                f"{path} is a token store of version {version}, and this program reads version "
                 f"{VERSION}; use the program that wrote it, or prepare the store again"
             )
         if manifest.get("sha256") != manifest_sha256(manifest):

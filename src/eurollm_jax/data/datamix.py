@@ -97,8 +97,8 @@ def write_datamix(
     """
     if len(schedule.stages) > 1:
         raise UserError(
-            f"the mixture has {len(schedule.stages)} stages, and a datamix.txt holds one; write each stage's mixture "
-            "to a file of its own"
+            "the mixture changes in the course of the run, and a datamix.txt holds one; write each stage's mixture to "
+            "a file of its own"
         )
     shares = dict(zip(schedule.names, schedule.stages[0].shares, strict=True))
     tokens = {name: share * sizes[name].tokens / sizes[name].rows for name, share in shares.items() if share}

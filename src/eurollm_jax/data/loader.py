@@ -129,8 +129,8 @@ class Data:
         found += changed_removals(saved["removed"], mine["removed"], row)
         if found:
             raise UserError(
-                f"the checkpoint was trained on other data: {'; '.join(found)}; restore what differs to go on "
-                "with it, or start a new run"
+                f"the checkpoint was trained on other data: {'; '.join(found[:4])}{' ...' if len(found) > 4 else ''}; "
+                "restore what differs to go on with it, or start a new run"
             )
 
     def batch(self, first_row: int, batch_size: int, host: int = 0, hosts: int = 1) -> Batch:

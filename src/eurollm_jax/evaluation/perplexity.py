@@ -9,8 +9,9 @@ context does not reach beyond the start of a row.
 import lzma
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import batched, pairwise
 from typing import Any
 
@@ -39,24 +40,35 @@ DEFINITION = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A store of held-out text, read by the rows of the training data."""
+    """A store of held-out text, read in rows of the training data's length. Sources of one language are measured
+    together."""
 
     store: TokenStore
     length: int
     batch_size: int
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.store.sources)
+    @cached_property
+    def languages(self) -> dict[str, list[Source]]:
+        """The sources of each language, by its code."""
+        found: dict[str, list[Source]] = {}
+        for source in sorted(self.store.sources.values(), key=lambda source: (source.language, source.name)):
+            found.setdefault(source.language, []).append(source)
+        return found
 
     def batches(self, rows_per_source: int | None = None) -> Iterator[Batch]:
-        """The first rows of every source (default: all), source after source, the last batch filled up with padding."""
-        packings = [ConcatPacking(source, self.length) for source in self.store.sources.values()]
+        """The first rows of every source (default: all), source after source, the last batch filled up with padding.
+
+        `source` of these batches is the number of the language.
+        """
+        owners = [(number, source) for number, found in enumerate(self.languages.values()) for source in found]
+        language = np.array([number for number, _ in owners], np.int32)
+        packings = [ConcatPacking(source, self.length) for _, source in owners]
         counts = [p.rows if rows_per_source is None else min(p.rows, rows_per_source) for p in packings]
         places = ((index, row) for index, count in enumerate(counts) for row in range(count))
         for some in batched(places, self.batch_size):
             missing = (0, self.batch_size - len(some))
             batch = pack(packings, *np.array(some).T)
+            batch = batch._replace(source=language[batch.source])
             yield Batch._make(np.pad(field, [missing, (0, 0)][: field.ndim]) for field in batch)
 
 
@@ -64,13 +76,13 @@ type Measure = Callable[[Params, Batch], SourceSums]
 
 
 def build_measure(
-    config: TransformerConfig, layout: Layout, token_bytes: Int[np.ndarray, "V"], sources: int
+    config: TransformerConfig, layout: Layout, token_bytes: Int[np.ndarray, "V"], languages: int
 ) -> Measure:
     """The compiled function from parameters and a placed batch to the sums of each source."""
 
     def measure(params: Params, batch: Batch) -> SourceSums:
         _, nats = batch_loss(params, batch, config, layout)
-        return sum_by_source(batch, nats, jnp.asarray(token_bytes), sources)
+        return sum_by_source(batch, nats, jnp.asarray(token_bytes), languages)
 
     return jax.jit(measure, out_shardings=layout.replicated)
 
@@ -85,24 +97,25 @@ def measure_heldout(
 
 
 def evaluation(heldout: HeldOut, sums: SourceSums, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    """The content of evaluation.json: each source's exact figures beside those of coders that learnt nothing.
+    """The content of evaluation.json: each language's exact figures beside those of coders that learnt nothing.
 
     Raises RuntimeError if the bytes that were predicted are not those of the documents, byte for byte.
     """
     languages = {}
-    for source, nats, tokens, predicted in zip(heldout.store.sources.values(), *sums, strict=True):
-        if predicted != source.bytes:
-            raise RuntimeError(f"{source.name}: predicted {predicted} bytes of {source.bytes}")
-        language = resolve(source.language)
-        languages[source.name] = {
+    for (code, sources), nats, tokens, predicted in zip(heldout.languages.items(), *sums, strict=True):
+        byte_count = sum(source.bytes for source in sources)
+        if predicted != byte_count:
+            raise RuntimeError(f"{code}: predicted {predicted} bytes of {byte_count}")
+        language = resolve(code)
+        languages[code] = {
             "name": language.name,
             "status": language.status,
-            "documents": source.documents,
-            "bytes": source.bytes,
+            "documents": sum(source.documents for source in sources),
+            "bytes": byte_count,
             "tokens": int(tokens),
             "nats": float(nats),
-            "bits_per_byte": bits_per_byte(float(nats), source.bytes),
-            "baselines": baselines(source, tokenizer),
+            "bits_per_byte": bits_per_byte(float(nats), byte_count),
+            "baselines": baselines(sources, tokenizer),
         }
     official = [figures for figures in languages.values() if figures["status"] == "official"]
     return {
@@ -136,10 +149,14 @@ def order0_bits_per_byte(text: bytes) -> float:
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
-def baselines(source: Source, tokenizer: Tokenizer) -> dict[str, float]:
+def baselines(sources: Sequence[Source], tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of coders that have seen nothing but this text, over the bytes that the model is charged for."""
-    stream, offsets = source.read(0, source.tokens), source.offsets
-    documents = (tokenizer.decode(stream[start + 1 : stop - 1]) for start, stop in pairwise(offsets))
+    documents = [
+        tokenizer.decode(stream[start + 1 : stop - 1])
+        for source in sources
+        for stream in [source.read(0, source.tokens)]
+        for start, stop in pairwise(source.offsets)
+    ]
     text = "\n".join(documents).encode()
-    scale = len(text) / source.bytes
+    scale = len(text) / sum(source.bytes for source in sources)
     return {"xz": xz_bits_per_byte(text) * scale, "order0": order0_bits_per_byte(text) * scale}

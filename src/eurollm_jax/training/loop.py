@@ -127,7 +127,7 @@ def train(experiment: Experiment, docstring: str) -> Path:
         sources=len(inputs.data.source_names),
         z_loss=experiment.z_loss,
     )
-    measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.store.sources))
+    measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.languages))
     hashes = {
         "tokenizer": inputs.tokenizer.sha256,
         "store": inputs.data.fingerprint,
@@ -218,7 +218,7 @@ def _loop(
         with recorder.clock.stopped():
             if evaluating:
                 sums = measure_heldout(run.measure, state.params, heldout, run.layout, experiment.evaluate_rows)
-                recorder.heldout(step, heldout.names, sums)
+                recorder.heldout(step, tuple(heldout.languages), sums)
             if saving:
                 checkpoints.save(step, state, {"row": row, "data": data.describe(), **recorder.progress()})
     return state
@@ -231,7 +231,7 @@ def _conclude(run: Run, params: Params) -> None:
         sums = measure_heldout(run.measure, params, heldout, run.layout)
         write_json(run.folder / "evaluation.json", evaluation(heldout, sums, tokenizer, run.experiment.steps))
     if not (run.folder / "samples.json").exists():
-        sources = list(heldout.store.sources.values())
+        sources = [max(found, key=lambda source: source.bytes) for found in heldout.languages.values()]
         samples = sample(params, run.experiment.model, run.layout, tokenizer, sources)
         write_json(run.folder / "samples.json", samples)
 

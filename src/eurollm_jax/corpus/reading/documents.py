@@ -135,7 +135,8 @@ def missing_text(present: Iterable[str], wanted: Sequence[str]) -> str:
     if any(name in present for name in wanted):
         return ""
     name = wanted[0]
-    there = did_you_mean(name, present) or f"; it has {', '.join(map(repr, present[:12])) or 'none at all'}"
+    has = ", ".join(map(repr, present[:12])) or "none at all"
+    there = did_you_mean(name, present) or f"; it has {has}: say which to read, as in --field text=NAME"
     return f" has no field {name!r}{there}"
 
 
@@ -157,7 +158,7 @@ def _text(record: dict[str, Any], where: Callable[[], str], names: tuple[str, ..
         raise UserError(f"{where()}: the text is empty; remove it or fill it")
     if "\0" in text:
         at = text.index("\0") + 1
-        raise UserError(f"{where()}: character {at} of the text is NUL (U+0000); remove it or the document")
+        raise UserError(f"{where()}: character {at} of the text is NUL (U+0000); remove it, or skip bad documents")
     if not text.isascii():
         try:
             text.encode()

@@ -136,7 +136,9 @@ def test_text_is_never_decoded_with_another_tokenizer(store, tokenizer, corpus_d
         UserError, match=f"was made with the tokenizer {tokenizer.sha256[:12]} and .* is {other.sha256[:12]}"
     ):
         inspect_store(store, Console(file=io.StringIO()), documents=1, tokenizer=other.model_path)
-    with pytest.raises(UserError, match=r"holds tokens; to read their text give the tokenizer that made them \(--tokenizer\)"):
+    with pytest.raises(
+        UserError, match=r"holds tokens; to read their text give the tokenizer that made them \(--tokenizer\)"
+    ):
         inspect_store(store, Console(file=io.StringIO()), documents=1)
 
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from eurollm_jax.corpus.reading.sources import (
     Defaults,
     Part,
-    corpus_files,
     find_parts,
     part_files,
     read_documents,
@@ -171,7 +170,7 @@ def test_patterns_folders_and_files_together(tmp_path, monkeypatch):
         pack = {".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
         path.write_bytes(pack(content))
     monkeypatch.chdir(tmp_path)
-    assert [str(file) for file in corpus_files("**/*.jsonl")] == ["fi/a.jsonl", "fi/train/b.jsonl"]
+    assert [part.input for part in find_parts(["**/*.jsonl"])] == ["fi/a.jsonl", "fi/train/b.jsonl"]
     several = ["sv", "fi/train/b.jsonl", f"{tmp_path}/fi/?.jsonl"]
     found = [(document.text, document.language) for document in read_documents(several, language=None)]
     assert found == [

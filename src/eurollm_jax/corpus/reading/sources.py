@@ -26,7 +26,6 @@ __all__ = [
     "Document",
     "Fault",
     "Part",
-    "corpus_files",
     "find_parts",
     "part_files",
     "read_documents",
@@ -95,12 +94,6 @@ def read_part(part: Part, defaults: Defaults = Defaults(), fault: Fault = stop_a
 
     read = columnar.read_parquet if path.suffix == ".parquet" else columnar.read_arrow
     return read(path, part.first, part.stop, origin, fault)
-
-
-def corpus_files(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files of one input or several, in the order of their documents; see `find_parts`."""
-    several = [given] if isinstance(given, str | Path) else given
-    return list(dict.fromkeys(file for part in find_parts(several) for file in part_files(part)))
 
 
 def read_documents(

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eurollm_jax.corpus.reading.sources import read_documents
-from eurollm_jax.corpus.tokenizing import tokenizer as tokenizers
-from eurollm_jax.corpus.tokenizing import words
+from eurollm_jax.corpus.tokenizing import sentencepiece_tokenizer, words
+from eurollm_jax.corpus.tokenizing.sentencepiece_tokenizer import SentencePieceTokenizer
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 
@@ -89,7 +89,7 @@ def by_sentencepiece(tokenizer, text):
 @given(batches=st.lists(st.lists(PROSE, max_size=4), max_size=4), kept=st.sampled_from([0, 3, 1000]))
 @settings(max_examples=200, deadline=None)
 def test_what_was_encoded_before_changes_no_ids(tokenizer, batches, kept):
-    fresh = Tokenizer(tokenizer.model_path, tokenizer.model)
+    fresh = SentencePieceTokenizer(tokenizer.model_path, tokenizer.model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(words, "_KEPT_WORDS", kept)
         for texts in batches:
@@ -101,18 +101,18 @@ def test_what_was_encoded_before_changes_no_ids(tokenizer, batches, kept):
 @given(texts=st.lists(PROSE, min_size=1, max_size=3), size=st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
 def test_a_text_that_is_cut_has_the_ids_of_the_whole(split_by_whitespace, texts, size):
-    tokenizer = Tokenizer(Path("other.model"), model_of(split_by_whitespace))
+    tokenizer = SentencePieceTokenizer(Path("other.model"), model_of(split_by_whitespace))
     assert tokenizer.cuts_at_spaces is split_by_whitespace
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "_PART_CHARACTERS", size)
+        patch.setattr(sentencepiece_tokenizer, "_PART_CHARACTERS", size)
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             assert ids.tolist() == by_sentencepiece(tokenizer, text)
             assert tokenizer.decode_bytes(ids) == text.encode()
 
 
 def test_a_run_that_cannot_be_cut_is_refused_by_its_place(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizers, "_PART_CHARACTERS", 10)
-    monkeypatch.setattr(tokenizers, "_LONGEST_RUN", 40)
+    monkeypatch.setattr(sentencepiece_tokenizer, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(sentencepiece_tokenizer, "_LONGEST_RUN", 40)
     run = "the" * 20 if "eth" in "".join(piece.name for piece in tokenizer.pieces) else "en" * 30
     assert all(run[i : i + 2] in tokenizer._neighbours for i in range(len(run) - 1))
     assert tokenizer.decode(tokenizer.encode(f"a \n{run[:40]} b")) == f"a \n{run[:40]} b"
@@ -123,7 +123,7 @@ def test_a_run_that_cannot_be_cut_is_refused_by_its_place(tokenizer, monkeypatch
 def test_threads_may_share_a_tokenizer(tokenizer, corpus_dir):
     texts = [document.text for document in read_documents(corpus_dir)]
     expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
-    fresh = Tokenizer(tokenizer.model_path, tokenizer.model)
+    fresh = SentencePieceTokenizer(tokenizer.model_path, tokenizer.model)
     with ThreadPoolExecutor(8) as pool:
         assert [ids.tolist() for ids in pool.map(fresh.encode, texts)] == expected
 
@@ -162,7 +162,14 @@ def test_bytes_of_tokens_that_hold_part_of_a_character(tokenizer):
 def test_what_no_id_stands_for_is_an_error(tokenizer):
     for ids in ([-1], [tokenizer.vocab_size], [5, 10**9]):
         with pytest.raises(ValueError, match="the vocabulary from 0 to 639"):
-            tokenizer.decode(ids)
+            tokenizer.decode_bytes(ids)
+    with pytest.raises(ValueError, match="the vocabulary from 0 to 639"):
+        tokenizer.decode([-1])
+
+
+def test_what_a_model_with_spare_rows_writes_there_is_nothing(tokenizer):
+    ids = tokenizer.encode("Il-baħar").tolist()
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, *ids, 10**9]) == "Il-baħar" * 2
 
 
 def test_text_that_cannot_be_kept_is_refused(tokenizer):
@@ -230,6 +237,13 @@ def test_a_lossless_model_of_another_maker_is_taken(tmp_path):
     file.write_bytes(other_model())
     tokenizer = Tokenizer.load(file)
     assert tokenizer.decode(tokenizer.encode(" the cat\n ▁ ü")) == " the cat\n ▁ ü"
+
+
+def test_one_that_is_saved_is_found_in_its_folder_whatever_its_file_was_called(tmp_path):
+    (tmp_path / "other.model").write_bytes(other_model())
+    tokenizer = Tokenizer.load(tmp_path / "other.model")
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer").sha256 == tokenizer.sha256
 
 
 def test_what_is_no_model_is_refused(tmp_path):

@@ -47,8 +47,10 @@ def import_megatron(
 
     `names` and `languages`, one for each prefix, are by default those of `source_names` and `path_language`. A document
     without any token is left out. Documents are read as they are: a beginning mark that is not there is not added.
-    Raises UserError for a dataset that `read_index` refuses, is empty, or has ids beyond the tokenizer's vocabulary.
+    Raises UserError for a dataset that `read_index` refuses, is empty, or has ids beyond the tokenizer's vocabulary,
+    and for a tokenizer that loses text.
     """
+    tokenizer.require_lossless()
     paths = [Path(prefix).absolute() for prefix in prefixes]
     codes = path_languages(paths, languages)
     chosen = source_names(paths, codes, names)
@@ -115,7 +117,9 @@ class Tables:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Tables":
         begins = [sum(byte & 0xC0 != 0x80 for byte in piece.content) for piece in tokenizer.pieces]
-        return cls(tokenizer.piece_bytes, np.array(begins, np.int64), tokenizer.is_byte)
+        characters = np.array(begins, np.int64)
+        characters[tokenizer.eos_id] -= len(tokenizer.prefix)  # as in `piece_bytes`
+        return cls(tokenizer.piece_bytes, characters, tokenizer.is_byte)
 
 
 @dataclass(frozen=True)

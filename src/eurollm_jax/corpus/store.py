@@ -43,7 +43,7 @@ class StoredDocument:
 
 
 class Source:
-    """One source of a store: all its documents back to back, each `[bos, *ids, eos]`, and their index.
+    """One source of a store: all its documents back to back, each `[begin, *ids, eos]`, and their index.
 
     Files are opened when first used; picklable, and opened again after unpickling. The tokens are read, the index is
     mapped into memory.
@@ -164,7 +164,7 @@ class Source:
         )
 
     def document_tokens(self, index: int) -> Shaped[np.ndarray, " tokens"]:
-        """`[bos, *ids, eos]` of document `index`."""
+        """`[begin, *ids, eos]` of document `index`."""
         return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def find(self, document_id: str) -> Int64[np.ndarray, " found"]:
@@ -264,7 +264,7 @@ class TokenStore:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """SHA-256 of the tokenizer's model file, in hex."""
+        """`Tokenizer.sha256`, in hex."""
         return self.manifest["tokenizer"]["sha256"]
 
     @property

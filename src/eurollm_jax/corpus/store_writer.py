@@ -76,7 +76,7 @@ class StoreWriter:
     ) -> None:
         """Append a document to `source`.
 
-        `tokens` are the whole of it, `[bos, *ids, eos]`; `byte_length`, `characters` and `sha256` are those of its
+        `tokens` are the whole of it, `[begin, *ids, eos]`; `byte_length`, `characters` and `sha256` are those of its
         text in UTF-8; `fallback` is how many tokens stand for one byte because no piece covers the character.
         """
         vocab_size = self._tokenizer["vocab_size"]

@@ -39,6 +39,7 @@ class TokenStoreWriter(PipelineStep):
         if (self.out / "manifest.json").exists():
             raise UserError(f"{self.out} is there already; choose another folder or delete it")
         tokenizer = Tokenizer.load(self.tokenizer)
+        tokenizer.require_lossless()
         plan = WorkPlan(
             folder=work_folder(self.out),
             tokenizer={"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},

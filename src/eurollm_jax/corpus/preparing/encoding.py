@@ -30,7 +30,7 @@ class Incoming(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A document with its `tokens`, `[bos, *ids, eos]`; the counts are those of `StoreWriter.add`."""
+    """A document with its `tokens`, `[begin, *ids, eos]`; the counts are those of `StoreWriter.add`."""
 
     document: Document
     tokens: Shaped[np.ndarray, " tokens"]
@@ -115,20 +115,21 @@ def _checked(
     ids = _joined(encoded)
     ends = np.cumsum([0, *map(len, encoded)])
     fallback = np.diff(np.flatnonzero(tokenizer.is_byte[ids]).searchsorted(ends))
+    prefix = tokenizer.prefix
     decoded_lengths = np.add.reduceat(tokenizer.piece_bytes[ids], ends[:-1], dtype=np.int32)
     # Whole and of the right lengths is the same as right one by one, and far faster to find out.
-    right = decoded_lengths.tolist() == [incoming.byte_length for incoming in batch] and _is_text_of(
-        ids, "".join([incoming.document.text for incoming in batch]), tokenizer
+    right = decoded_lengths.tolist() == [incoming.byte_length + len(prefix) for incoming in batch] and _is_text_of(
+        ids, "".join([prefix + incoming.document.text for incoming in batch]), tokenizer
     )
     tokens = np.empty(len(ids) + 2 * len(batch), token_dtype(tokenizer.vocab_size))
     starts = ends + 2 * np.arange(len(ends))
-    tokens[starts[:-1]], tokens[starts[1:] - 1] = tokenizer.bos_id, tokenizer.eos_id
+    tokens[starts[:-1]], tokens[starts[1:] - 1] = tokenizer.begin_id, tokenizer.eos_id
     inner = np.ones(len(tokens), bool)
     inner[starts[:-1]] = inner[starts[1:] - 1] = False
     tokens[inner] = ids
     return [
         Encoded(document, tokens[start:stop], byte_length, len(document.text), count, sha256)
-        if right or _is_text_of(own, document.text, tokenizer)
+        if right or _is_text_of(own, prefix + document.text, tokenizer)
         else None
         for (document, sha256, byte_length, _), own, (start, stop), count in zip(
             batch, encoded, pairwise(starts.tolist()), fallback.tolist(), strict=True
@@ -137,14 +138,14 @@ def _checked(
 
 
 def _is_text_of(ids: Int32[np.ndarray, " tokens"], text: str, tokenizer: Tokenizer) -> bool:
-    """Whether `ids` decode to `text`."""
+    """Whether `ids` decode to `text`, with what the tokenizer puts in front of it."""
     content = text.encode()
     start = done = 0
     while start < len(ids):
         stop = min(start + BATCH_CHARACTERS, len(ids))
         while stop < len(ids) and tokenizer.is_byte[ids[stop]]:
             stop += 1  # a character of several byte tokens stays whole, for U+FDD0 is taken back as one
-        decoded = tokenizer.decode_bytes(ids[start:stop])
+        decoded = tokenizer.decode_bytes(ids[start:stop], continues=True)
         if not content.startswith(decoded, done):
             return False
         start, done = stop, done + len(decoded)

@@ -38,13 +38,19 @@ def prepare(
 ) -> TokenStore:
     """Encode the documents of `inputs` (see `sources.find_parts`) into a store in folder `out`.
 
-    Documents keep the order of the inputs; each becomes `[bos, *ids, eos]`. The work is shared by `workers` processes,
-    by default one for each core this process may use. What an earlier run of the same work has done is not done again.
+    Documents keep the order of the inputs; each becomes `[begin, *ids, eos]`, where begin is bos, or eos where
+    the tokenizer has no bos. The work is shared by `workers` processes, by default one for each core this process may
+    use. What an earlier run of the same work has done is not done again.
     When `out` holds the store of the same inputs, tokenizer and options, that is returned and nothing is written.
 
-    Raises UserError for a bad input, with file and line or document; for a document that does not decode to its own
-    text; for a full disk or a worker that was killed; and when `out`, or the work begun beside it, is of other data.
+    Where the tokenizer brings text into a normal form of Unicode, the store's texts, bytes and hashes are those after
+    it, and this is said.
+
+    Raises UserError for a bad input, with file and line or document; for a tokenizer that loses text, and a document
+    that does not decode to its own; for a full disk or a worker that was killed; and when `out`, or the work begun
+    beside it, is of other data.
     """
+    _check_tokenizer(tokenizer)
     plan = make_plan(_several(inputs), tokenizer, out, options)
     if (store := _existing(out, plan, options)) is not None:
         return store
@@ -76,12 +82,23 @@ def prepare_task(
     """
     if not 0 <= task < of:
         raise UserError(f"there is no task {task} of {of}; tasks are numbered from 0 to {of - 1}")
+    _check_tokenizer(tokenizer)
     plan = make_plan(_several(inputs), tokenizer, out, options)
     numbers = range(task, len(plan.units), of)
     if _existing(out, plan, options) is None:
         _do(plan, numbers, tokenizer, options, workers)
         print(f"task {task} of {of} has done its {len(numbers)} of {len(plan.units)} units: {plan.folder}")
     return len(numbers)
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    tokenizer.require_lossless()
+    if tokenizer.normal_form:
+        print(
+            f"{tokenizer.model_path} brings text into {tokenizer.normal_form}: the store's texts, bytes and hashes are "
+            "those after it",
+            file=sys.stderr,
+        )
 
 
 def _do(

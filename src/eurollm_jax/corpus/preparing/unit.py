@@ -4,6 +4,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from eurollm_jax.corpus.blocklist import Blocklist
@@ -79,7 +80,7 @@ def write_unit(
     folder = plan.unit_folder(number)
     with full_disk_is_named(folder, STAYS), raced_folder(folder) as partial:
         writer = StoreWriter(partial, **_described(tokenizer), for_merging=True)
-        incoming = _not_blocked(reading(refusals), blocklist, blocked, options.by)
+        incoming = _not_blocked(reading(refusals), tokenizer, blocklist, blocked, options.by)
         for encoded in encode_for_store(incoming, tokenizer, threads=threads, fault=refusals.add):
             writer.add(
                 source_name(encoded.document, options.by),
@@ -108,10 +109,18 @@ def source_name(document: Document, by: str) -> str:
     return f"{document.language}/{_NOT_IN_NAMES.sub('_', document.source).lstrip('.')[:100] or '_'}"
 
 
-def _not_blocked(reading: Reading, blocklist: Blocklist | None, blocked: Counter[str], by: str) -> Iterator[Incoming]:
+def _not_blocked(
+    reading: Reading, tokenizer: Tokenizer, blocklist: Blocklist | None, blocked: Counter[str], by: str
+) -> Iterator[Incoming]:
+    """The documents as the tokenizer writes them. A blocklist may name a text as it was or as it is written."""
     for document, name in reading:
         sha256, byte_length = text_digest(document.text)
-        if blocklist and blocklist.blocks(sha256, document.url):
+        hashes = [sha256]
+        if (text := tokenizer.normalised(document.text)) != document.text:
+            document = replace(document, text=text)
+            sha256, byte_length = text_digest(text)
+            hashes.append(sha256)
+        if blocklist and any(blocklist.blocks(one, document.url) for one in hashes):
             blocked[source_name(document, by)] += 1
         else:
             yield Incoming(document, sha256, byte_length, name)

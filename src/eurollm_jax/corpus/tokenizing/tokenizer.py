@@ -1,213 +1,220 @@
-"""Tokenizer: text to token ids and back, without losing a byte, and knowing how many bytes each token stands for.
+"""Tokenizer: text to token ids and back, knowing how many bytes of text each token stands for.
 
-Everything that counts bits per byte rests on that exactness, so a SentencePiece model that normalises, strips or
-otherwise forgets text is refused when it is loaded.
+Everything that counts bits per byte rests on that exactness. Two kinds share what is here: our own
+(`sentencepiece_tokenizer`), which lose nothing of any text, and those of models that others trained
+(`hub_tokenizer`), which are taken as they are and say what they do to a text.
 """
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import sentencepiece
 from jaxtyping import Bool, Int32, Int64, UInt8
-from sentencepiece import sentencepiece_model_pb2
 
-from eurollm_jax.corpus.tokenizing.words import SPACE_MARK, Words, take
+from eurollm_jax.corpus.tokenizing.words import take
 from eurollm_jax.errors import UserError
 
-UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 MODEL_NAME = "tokenizer.model"
+JSON_NAME = "tokenizer.json"
 
-# SentencePiece writes a space as U+2581 inside its pieces and so takes a U+2581 in the text for a space. We put U+FDD0
-# in its place before encoding, which becomes three byte tokens, and take it back after decoding: both are three bytes
-# of UTF-8, so byte counts stay exact. U+FDD0 is a noncharacter, reserved by Unicode for use inside programs; a text
-# that holds one is refused. hf/tokenizer.py does the same.
-STAND_IN = "\ufdd0"
-
-# Where no piece runs across one of these units, a text's words can be encoded one by one, and each distinct one once.
-_UNIT = re.compile(" *[^ \n]+| +|\n")
-
-_PART_CHARACTERS = 1 << 22  # what is encoded at once; a longer text is cut where no piece could run across
 _DECODED_TOKENS = 1 << 18  # what is decoded at once
-_LONGEST_RUN = 1 << 24  # characters without such a place: SentencePiece takes 70 bytes of memory for each
 
-# SentencePiece numbers the kinds of its pieces; an unused one stands for nothing, as a control token does.
-_KINDS: dict[int, Literal["text", "control", "byte"]]
-_KINDS = {1: "text", 2: "control", 3: "control", 5: "control", 6: "byte"}
+type Kind = Literal["text", "control", "byte"]
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary. `name` is SentencePiece's, with U+2581 for a space, or "<0x0A>" for a byte."""
+    """One entry of the vocabulary, by the name that the tokenizer gives it.
+
+    `content` is the bytes of text it stands for, which may be a part of a character; none for a control token. A piece
+    of kind "byte" stands for a single byte, for want of one that covers the character.
+    """
 
     name: str
-    kind: Literal["text", "control", "byte"]
-
-    @property
-    def content(self) -> bytes:
-        """The bytes of text it stands for. Decoding one piece alone would garble those that are part of a character."""
-        match self.kind:
-            case "text":
-                return self.name.replace(SPACE_MARK, " ").encode()
-            case "byte":
-                return bytes([int(self.name[3:5], 16)])
-            case "control":
-                return b""
+    kind: Kind
+    content: bytes
 
 
-class Tokenizer:
-    """A lossless SentencePiece BPE model with `<unk>`, `<s>`, `</s>`, `<pad>` at ids 0 to 3. Picklable.
+class Tokenizer(ABC):
+    """Text to ids and back. Picklable.
 
     Text that spells a control token, such as "</s>", is text: it never becomes that token.
     """
 
-    unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
+    model_path: Path  # for messages
+    pieces: Sequence[Piece]
+    bos_id: int | None  # what the model expects in front of a text; None where it expects nothing
+    eos_id: int  # ends a document
+    eos_ids: tuple[int, ...]  # that end what a model writes; eos_id is the first
+    pad_id: int | None
 
-    def __init__(self, model_path: Path, model: bytes) -> None:
-        self.model_path = model_path
-        self.model = model
-        self.pieces = _parse(model_path, model)
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.cuts_at_spaces = all(
-            piece.kind != "text" or _UNIT.fullmatch(piece.name.replace(SPACE_MARK, " ")) for piece in self.pieces
-        )
+    prefix: str = ""
+    """What stands in front of the text that the ids of a text spell: "" or, in tokenizers of Llama 2's kind, " "."""
 
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Load `path`, a .model file or a folder that holds `tokenizer.model`.
+    normal_form: str | None = None
+    """The normal form of Unicode into which text is brought, such as "NFC"; None where it stays as it is."""
 
-        Raises UserError when it is missing, is no SentencePiece model, is not lossless, or has other special ids.
+    losses: tuple[str, ...] = ()
+    """Why some texts do not come back from their ids, beyond `normal_form`."""
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        """The tokenizer in a folder, or of a file of one.
+
+        Ours is a `tokenizer.model`, and stays ours where an export put a `tokenizer.json` of the same vocabulary beside
+        it. Any other folder's tokenizer is its `tokenizer.json`. Raises UserError when there is none, or when it is
+        neither.
         """
-        file = path / MODEL_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise UserError(f"there is no tokenizer at {file}; make one with 'eurollm tokenizer train'")
-        return cls(file, file.read_bytes())
+        # These two modules stand on this one.
+        from eurollm_jax.corpus.tokenizing.hub_tokenizer import HubTokenizer
+        from eurollm_jax.corpus.tokenizing.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path, bytes]]:
-        return Tokenizer, (self.model_path, self.model)
+        if path.name == JSON_NAME:
+            return HubTokenizer.read(path.parent)
+        file = path / MODEL_NAME if path.is_dir() else path
+        described = path / JSON_NAME
+        if not file.is_file() and not described.is_file():
+            raise UserError(f"there is no tokenizer at {file}; make one with 'eurollm tokenizer train'")
+        if not file.is_file():
+            return HubTokenizer.read(path)
+        try:
+            ours = SentencePieceTokenizer.read(file)
+        except UserError as error:
+            if described.is_file():
+                return HubTokenizer.read(path)
+            raise UserError(f"{error}; of one that others trained give the folder with its {JSON_NAME}") from None
+        if described.is_file() and _vocabulary(described) != {piece.name: i for i, piece in enumerate(ours.pieces)}:
+            return HubTokenizer.read(path)
+        return ours
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[str, bytes]:
+        """Name -> content of the files that `save` writes."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> bytes:
+        """What decides the tokens of a document."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[Int32[np.ndarray, " tokens"]]:
+        """`encode` of each text. Many texts at once may be far faster than one by one."""
+
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
+        """The ids of `text`, without bos and eos. Raises UserError for a text that has none."""
+        return self.encode_batch([text])[0]
+
+    def save(self, folder: Path) -> None:
+        """Write into `folder` what `load` needs to read the same tokenizer from there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            partial = folder / f".{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)
+
+    def normalised(self, text: str) -> str:
+        """The text in `normal_form`: what comes back from its ids."""
+        return text
+
+    @property
+    def begin_id(self) -> int:
+        """What stands in front of each document of a store, so that its first token can be predicted: bos, or eos where
+        there is none, as in the models whose documents are separated by eos alone."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
     @property
     def vocab_size(self) -> int:
+        """One more than the largest id. A model may have more rows of embeddings: see `spare_rows`."""
         return len(self.pieces)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the model file, in hex: the identity of the tokenizer."""
-        return hashlib.sha256(self.model).hexdigest()
+        """SHA-256 of `identity`, in hex."""
+        return hashlib.sha256(self.identity).hexdigest()
 
     @cached_property
     def piece_bytes(self) -> Int32[np.ndarray, " vocab"]:
-        """How many UTF-8 bytes of text each token stands for; 0 for control tokens."""
-        return np.array([len(piece.content) for piece in self.pieces], np.int32)
+        """How many UTF-8 bytes of text each token stands for; 0 for control tokens.
+
+        Where each text gets a `prefix`, eos takes its byte back, so that the sum over a document, `[*ids, eos]`, is the
+        length of its text.
+        """
+        counted = self._lengths.astype(np.int32)
+        counted[self.eos_id] -= len(self.prefix)
+        return counted
 
     @cached_property
     def is_byte(self) -> Bool[np.ndarray, " vocab"]:
         """Which tokens stand for a single byte, for want of a piece that covers the character."""
         return np.array([piece.kind == "byte" for piece in self.pieces])
 
-    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
-        """The ids of `text`, without bos and eos. Raises UserError for text that `refusal` refuses."""
-        return self.encode_batch([text])[0]
+    def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
+        """The text of `ids`, where a cut-off character becomes U+FFFD. See `decode_bytes`.
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[Int32[np.ndarray, " tokens"]]:
-        """`encode` of each text. Many texts at once are far faster than one by one.
-
-        Words that were met before are looked up, so the speed grows over the first megabytes.
+        Control tokens are left out, and so are ids beyond the vocabulary, which a model with spare rows may write.
         """
-        for text in texts:
-            if reason := refusal(text):
-                raise UserError(f"the text cannot be encoded: {reason}")
-        cuts = [self._cuts(text) for text in texts]
-        parts = (text[i:j] for text, at in zip(texts, cuts, strict=True) for i, j in pairwise(at))
-        encoded = chain.from_iterable(self._encode(group, threads) for group in _groups(parts))
-        return [_joined([next(encoded) for _ in at[1:]]) for at in cuts]
+        ids = _array(ids)
+        return self.decode_bytes(ids[ids < self.vocab_size], continues=continues).decode("utf-8", errors="replace")
 
-    def _encode(self, texts: list[str], threads: int) -> list[Int32[np.ndarray, " tokens"]]:
-        """The ids of each text, as views of one array where words are looked up."""
-        texts = [text.replace(SPACE_MARK, STAND_IN) for text in texts]
-        if self.cuts_at_spaces:
-            return self._words.encode(texts, threads)
-        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=threads)]
+    def decode_bytes(self, ids: Iterable[int], *, continues: bool = False) -> bytes:
+        """The exact UTF-8 bytes of `ids`, which may begin or end within a character.
 
-    def _cuts(self, text: str) -> list[int]:
-        """Where to cut `text` so that its parts' ids are together its own: between characters that no piece has side by
-        side. SentencePiece merges neighbours only into pieces."""
-        cuts = [0]
-        while len(text) - cuts[-1] > _PART_CHARACTERS:
-            best, furthest = cuts[-1] + _PART_CHARACTERS, min(cuts[-1] + _LONGEST_RUN, len(text))
-            places = chain(range(best, cuts[-1], -1), range(best + 1, furthest + 1))
-            place = next((at for at in places if text[at - 1 : at + 1] not in self._neighbours), None)
-            if place is None:
-                raise UserError(
-                    f"the text cannot be encoded: from character {cuts[-1] + 1} on it has {_LONGEST_RUN:,} in which "
-                    "no word ends; remove them"
-                )
-            cuts.append(place)
-        return cuts if cuts[-1] == len(text) > 0 else [*cuts, len(text)]
-
-    @cached_property
-    def _neighbours(self) -> frozenset[str]:
-        """Pairs of characters that stand side by side in some piece."""
-        names = [piece.name.replace(SPACE_MARK, " ") for piece in self.pieces if piece.kind == "text"]
-        return frozenset(name[i : i + 2] for name in names for i in range(len(name) - 1))
-
-    @cached_property
-    def _words(self) -> Words:
-        return Words(self._processor)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control tokens are left out, and a cut-off character becomes U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact UTF-8 bytes of `ids`, which may begin or end within a character."""
-        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        `continues` says that other ids of the same text stand before these, so that there is no `prefix` to leave out.
+        Raises ValueError for ids beyond the vocabulary.
+        """
+        ids = _array(ids)
         if ids.size == 0:
             return b""
         if not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}, the vocabulary from 0 to {self.vocab_size - 1}")
         content, starts = self._content
-        parts = [take(content, starts[some], self.piece_bytes[some]) for some in _slices(ids)]
-        return b"".join(part.tobytes() for part in parts).replace(STAND_IN.encode(), SPACE_MARK.encode())
+        parts = [take(content, starts[some], self._lengths[some]) for some in _slices(ids)]
+        joined = b"".join(part.tobytes() for part in parts)
+        return self._read_back(joined if continues else joined.removeprefix(self.prefix.encode()))
+
+    def require_lossless(self) -> None:
+        """Raises UserError where texts do not come back from their ids, but for their `normal_form`: the bytes of a
+        corpus could not be counted."""
+        if self.losses:
+            raise UserError(
+                f"{self.model_path} cannot give back every text exactly ({', '.join(self.losses)}), so that the bytes "
+                "of a corpus could not be counted; use another tokenizer for corpora"
+            )
+
+    def spare_rows(self, rows: int) -> int:
+        """How many of a model's `rows` of embeddings no token has: a vocabulary may be padded to a round number.
+
+        Raises UserError where the model has fewer rows than there are tokens.
+        """
+        if rows < self.vocab_size:
+            raise UserError(
+                f"{self.model_path} has {self.vocab_size} tokens and the model's vocab_size is {rows}: change the "
+                "model, or give the tokenizer that it was trained with"
+            )
+        return rows - self.vocab_size
+
+    def _read_back(self, content: bytes) -> bytes:
+        """The decoded bytes with what stood in for a character of the text taken back."""
+        return content
+
+    @cached_property
+    def _lengths(self) -> Int64[np.ndarray, " vocab"]:
+        return np.array([len(piece.content) for piece in self.pieces], np.int64)
 
     @cached_property
     def _content(self) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " vocab"]]:
         """The bytes of all pieces one after the other, and where each piece's begin."""
-        lengths = self.piece_bytes.astype(np.int64)
-        return np.frombuffer(b"".join(piece.content for piece in self.pieces), np.uint8), lengths.cumsum() - lengths
+        joined = np.frombuffer(b"".join(piece.content for piece in self.pieces), np.uint8)
+        return joined, self._lengths.cumsum() - self._lengths
 
 
-def _slices(ids: np.ndarray) -> Iterator[np.ndarray]:
-    return (ids[start : start + _DECODED_TOKENS] for start in range(0, len(ids), _DECODED_TOKENS))
-
-
-def _groups(parts: Iterable[str]) -> Iterator[list[str]]:
-    """The parts, several at a time: about `_PART_CHARACTERS` characters."""
-    group: list[str] = []
-    characters = 0
-    for part in parts:
-        group.append(part)
-        characters += len(part)
-        if characters >= _PART_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def refusal(text: str) -> str | None:
-    """Why `text` cannot be encoded without loss and what to do, or None when it can."""
-    if STAND_IN in text:
-        where = text.index(STAND_IN) + 1
-        return f"character {where} is U+FDD0, a noncharacter that Unicode reserves for use inside programs; remove it"
+def half_surrogate(text: str) -> str | None:
+    """Why `text` cannot be written in UTF-8 and what to do, or None when it can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -215,32 +222,19 @@ def refusal(text: str) -> str | None:
     return None
 
 
-def _parse(path: Path, model: bytes) -> list[Piece]:
-    """The vocabulary of a SentencePiece model, which is checked to be one that loses nothing."""
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+def _vocabulary(file: Path) -> dict[str, int] | None:
+    """Name -> id of the tokens of a tokenizer.json; None if it is none."""
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=model)
-        proto.ParseFromString(model)
-    except RuntimeError:
-        proto.Clear()
-    if not proto.pieces:
-        raise UserError(f"{path} is not a SentencePiece model; give the tokenizer.model of a tokenizer")
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    special = (trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id)
-    if special != (UNK_ID, BOS_ID, EOS_ID, PAD_ID):
-        raise UserError(
-            f"{path} has unk, bos, eos and pad at {special}; they must be at (0, 1, 2, 3), so train another"
-        )
-    faults = {
-        "its model is not BPE": trainer.model_type != trainer.BPE,
-        "it has no byte fallback": not trainer.byte_fallback,
-        "it normalises text": bool(normalizer.precompiled_charsmap),
-        "it adds a space in front": normalizer.add_dummy_prefix,
-        "it drops repeated spaces": normalizer.remove_extra_whitespaces,
-        "it does not escape spaces": not normalizer.escape_whitespaces,
-    }
-    if found := [fault for fault, is_so in faults.items() if is_so]:
-        raise UserError(f"{path} cannot give back every text exactly ({', '.join(found)}); train another")
-    if any(piece.type not in _KINDS for piece in proto.pieces):
-        raise UserError(f"{path} has user-defined pieces, which break the order of merges; train another without them")
-    return [Piece(piece.piece, _KINDS[piece.type]) for piece in proto.pieces]
+        described = json.loads(file.read_bytes())
+        added = {token["content"]: token["id"] for token in described["added_tokens"]}
+        return {**described["model"]["vocab"], **added}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _array(ids: Iterable[int]) -> np.ndarray:
+    return ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)
+
+
+def _slices(ids: np.ndarray) -> Iterator[np.ndarray]:
+    return (ids[start : start + _DECODED_TOKENS] for start in range(0, len(ids), _DECODED_TOKENS))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from rich import box
 from rich.table import Table
 
@@ -74,8 +74,7 @@ def tokenizer_report(
             language.characters += len(document.text)
             language.words += len(document.text.split())
     english = sums.get("en")
-    byte_pieces = [i for i, piece in enumerate(tokenizer.pieces) if piece.kind == "byte"]
-    rows = [_row(language, total, english, byte_pieces) for language, total in sums.items()]
+    rows = [_row(language, total, english, tokenizer.is_byte) for language, total in sums.items()]
     return sorted(rows, key=lambda row: (row.characters_per_token, row.language))
 
 
@@ -110,7 +109,7 @@ def report_json(tokenizer: Tokenizer, rows: Sequence[LanguageRow]) -> dict[str, 
     return {"tokenizer": identity, "languages": [asdict(row) for row in rows]}
 
 
-def _row(language: str, total: _Sums, english: _Sums | None, byte_pieces: list[int]) -> LanguageRow:
+def _row(language: str, total: _Sums, english: _Sums | None, is_byte: Bool[np.ndarray, " vocab"]) -> LanguageRow:
     tokens = int(total.used.sum())
     per_character = per_byte = None
     if english is not None:
@@ -126,7 +125,7 @@ def _row(language: str, total: _Sums, english: _Sums | None, byte_pieces: list[i
         bytes_per_token=total.bytes / tokens,
         characters_per_token=total.characters / tokens,
         fertility=tokens / total.words,
-        fallback=int(total.used[byte_pieces].sum()) / tokens,
+        fallback=int(total.used[is_byte].sum()) / tokens,
         unused=float((total.used == 0).mean()),
         premium_per_character=per_character,
         premium_per_byte=per_byte,

@@ -20,16 +20,16 @@ from rich.console import Console
 from eurollm_jax.corpus.folders import differences, file_sha256, new_folder, read_json, write_json
 from eurollm_jax.corpus.preparing.input_files import file_names
 from eurollm_jax.corpus.reading.sources import Defaults, Fault, Part, find_parts, read_part, stop_at
-from eurollm_jax.corpus.tokenizing.tokenizer import (
+from eurollm_jax.corpus.tokenizing.sentencepiece_tokenizer import (
     BOS_ID,
     EOS_ID,
-    MODEL_NAME,
     PAD_ID,
-    SPACE_MARK,
     STAND_IN,
     UNK_ID,
-    Tokenizer,
+    SentencePieceTokenizer,
 )
+from eurollm_jax.corpus.tokenizing.tokenizer import MODEL_NAME
+from eurollm_jax.corpus.tokenizing.words import SPACE_MARK
 from eurollm_jax.errors import UserError
 
 RECORD_NAME = "training.json"
@@ -53,7 +53,7 @@ def train_tokenizer(
     special_tokens: tuple[str, ...] = (),
     defaults: Defaults = Defaults(),  # noqa: B008
     fault: Fault = stop_at,
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Train on the documents of `inputs` and write `tokenizer.model` and `training.json` to the folder `out`.
 
     `inputs`, `defaults` and `fault`, which is called once for each document that cannot be used, are those of
@@ -110,7 +110,7 @@ def train_tokenizer(
         }
         record = {"options": options, "inputs": fingerprint, "languages": languages}
         write_json(folder / RECORD_NAME, record | {"model_sha256": file_sha256(folder / MODEL_NAME)})
-    tokenizer = Tokenizer.load(out)
+    tokenizer = SentencePieceTokenizer.read(out / MODEL_NAME)
     read = sum(language["sample_bytes"] for language in languages.values()) / 1e6
     what = f"tokenizer of {vocab_size} pieces trained on {read:.1f} MB in {len(languages)} languages"
     print(f"{what}: {out}", file=sys.stderr)
@@ -253,7 +253,7 @@ def _check_options(
             raise UserError(f"special token {name!r} is empty or holds a space; give it another name")
 
 
-def _existing(out: Path, options: dict[str, Any], inputs: dict[str, str]) -> Tokenizer:
+def _existing(out: Path, options: dict[str, Any], inputs: dict[str, str]) -> SentencePieceTokenizer:
     record = read_json(out / RECORD_NAME)
     if difference := differences(record["options"], options) or differences(record["inputs"], inputs):
         raise UserError(f"{out} holds another tokenizer: {difference}; choose another folder or delete it")
@@ -261,4 +261,4 @@ def _existing(out: Path, options: dict[str, Any], inputs: dict[str, str]) -> Tok
     if not model.is_file() or file_sha256(model) != record["model_sha256"]:
         raise UserError(f"{model} is damaged, for its hash is not the one recorded; delete {out} and train again")
     print(f"{out} holds this tokenizer already", file=sys.stderr)
-    return Tokenizer.load(out)
+    return SentencePieceTokenizer.read(out / MODEL_NAME)

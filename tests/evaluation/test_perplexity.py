@@ -16,8 +16,9 @@ from eurollm_jax.evaluation.perplexity import (
     measure_heldout,
     order0_bits_per_byte,
 )
+from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.model.param import init
-from eurollm_jax.model.transformer import TransformerConfig, forward, logits, specs
+from eurollm_jax.model.transformer import forward, logits, specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 
 LENGTH = 24
@@ -32,7 +33,7 @@ def model(tokenizer):
         heads=2,
         kv_heads=1,
         head_dim=8,
-        mlp=16,
+        mlp=Gated(16),
         max_positions=LENGTH,
         compute="float32",
     )

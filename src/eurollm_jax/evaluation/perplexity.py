@@ -25,9 +25,9 @@ from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.packing import ConcatPacking, pack
 from eurollm_jax.languages import resolve
+from eurollm_jax.model.config import TransformerConfig
 from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
 from eurollm_jax.model.param import Params
-from eurollm_jax.model.transformer import TransformerConfig
 from eurollm_jax.parallel.mesh import Layout
 
 DEFINITION = (
@@ -81,7 +81,7 @@ def build_measure(
     """The compiled function from parameters and a placed batch to the sums of each source."""
 
     def measure(params: Params, batch: Batch) -> SourceSums:
-        _, nats = batch_loss(params, batch, config, layout)
+        _, nats, _ = batch_loss(params, batch, config, layout)
         return sum_by_source(batch, nats, jnp.asarray(token_bytes), languages)
 
     return jax.jit(measure, out_shardings=layout.replicated)

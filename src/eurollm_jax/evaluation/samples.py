@@ -5,9 +5,9 @@ from typing import Any
 
 from eurollm_jax.corpus.store import Source
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
-from eurollm_jax.evaluation.generate import generate
+from eurollm_jax.evaluation.generate import Sampling, generate
+from eurollm_jax.model.config import TransformerConfig
 from eurollm_jax.model.param import Params
-from eurollm_jax.model.transformer import TransformerConfig
 from eurollm_jax.parallel.mesh import Layout
 
 PROMPT_CHARACTERS = 48
@@ -50,11 +50,9 @@ def sample(
         tokenizer,
         prompts,
         max_new_tokens=new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=0,
+        sampling=Sampling(temperature, top_p=top_p),
     )
     return [
-        {"language": source.language, "prompt": prompt, "continuation": continuation, "temperature": temperature}
+        {"language": source.language, "prompt": prompt, "continuation": continuation.text, "temperature": temperature}
         for source, prompt, continuation in zip(sources, prompts, continuations, strict=True)
     ]

@@ -27,7 +27,8 @@ from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.data.loader import DataConfig, differences
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
-from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.model import config as model_config
+from eurollm_jax.model.config import TransformerConfig
 from eurollm_jax.parallel.mesh import MeshConfig
 from eurollm_jax.training.optimizer import AdamW, Muon
 from eurollm_jax.training.schedule import WSD, Cosine
@@ -37,7 +38,7 @@ RECORDED_PACKAGES = ("eurollm_jax", "jax", "jaxlib", "flax", "optax", "orbax-che
 COUNTS = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
 
 CADENCE = ("log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
-PATHS = ("tokenizer", "heldout", "runs")  # the hashes of what they point to decide
+PATHS = ("tokenizer", "heldout", "start_from", "runs")  # the hashes of what they point to decide
 
 NOT_IDENTITY = frozenset(("mesh", "parity", *CADENCE, *PATHS))
 """Fields that do not change what is learnt: where it is computed, what may be begun, and how often one looks."""
@@ -62,6 +63,8 @@ class Experiment:
     batch_ramp: tuple[tuple[int, int], ...] = ()  # (from row, batch size): changes in the course of the run
     optimizer: AdamW | Muon = AdamW()
     z_loss: float = 1e-4
+    ema: float | None = None  # what a moving average of the parameters keeps of itself at each step, such as 0.999
+    start_from: str | None = None  # a run, imported or trained, whose parameters this one begins with
     seed: int = 0  # of the initial weights; the data have their own
     mesh: MeshConfig = MeshConfig()
     parity: Parity = dataclasses.field(default_factory=Parity)
@@ -80,6 +83,8 @@ class Experiment:
             BatchSizes(self.batch_size, self.batch_ramp)
         except UserError as error:
             raise UserError(f"experiment {self.name!r}: batch_ramp: {error}.") from None
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"experiment {self.name!r}: ema={self.ema} must be above 0 and below 1, such as 0.999.")
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
             raise UserError(f"experiment {self.name!r}: the name becomes a folder; use letters, digits, . _ and -.")
         if self.data.sequence_length > self.model.max_positions:
@@ -195,8 +200,16 @@ def read_record(run: Path) -> dict[str, Any]:
 
 def recorded_model(record: Mapping[str, Any]) -> TransformerConfig:
     """The model of a recorded run."""
-    fields = {name: value for name, value in record["experiment"]["model"].items() if name != "type"}
-    return TransformerConfig(**fields)
+    model: TransformerConfig = decode(record["experiment"]["model"])
+    return model
+
+
+def decode(value: Any) -> Any:
+    """The configuration of a model that `encode` wrote."""
+    if isinstance(value, dict):
+        fields = {name: decode(field) for name, field in value.items() if name != "type"}
+        return getattr(model_config, value["type"])(**fields)
+    return tuple(map(decode, value)) if isinstance(value, list) else value
 
 
 def load_experiment(path: Path) -> tuple[Experiment, str]:

@@ -19,7 +19,7 @@ SOURCE = '''"""Can a tiny model be trained from the command line?"""
 from eurollm_jax.data.loader import DataConfig
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.experiment import Experiment
-from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.training.schedule import WSD
 
 MIXTURE = Mixture.temperature(0.5, "bytes")
@@ -29,7 +29,7 @@ EXPERIMENT = Experiment(
     data=DataConfig(store="{folder}/store", mixture=MIXTURE, sequence_length=32),
     heldout="{folder}/store",
     model=TransformerConfig(
-        vocab_size=640, width=16, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=32, max_positions=160,
+        vocab_size=640, width=16, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=Gated(32), max_positions=160,
         compute="float32", remat="none",
     ),
     schedule=WSD(peak=1e-2, warmup=2),

@@ -117,7 +117,7 @@ BAD_EXPERIMENTS = [
     ("    steps=4", "    stesp=4", "bad.py line 10: TypeError: Experiment.__init__() got an unexpected keyword"),
     ("    steps=4", "    steps=4 4", "bad.py line 20: "),
     ("    steps=4", "    steps=0", "experiment 'tiny': steps=0 must be 1 or more"),
-    ("kv_heads=2", "kv_heads=3", "heads=4 is not a multiple of kv_heads=3: change one of them"),
+    ("kv_heads=2", "kv_heads=3", "heads=4 is not a multiple of kv_heads=3: change one"),
     ("EXPERIMENT", "EXPERIMNET", "bad.py defines no `EXPERIMENT = Experiment(...)`: add one"),
     ("data.mixture", "data.mixtur", "bad.py line 4: ModuleNotFoundError: No module named 'eurollm_jax.data.mixtur'"),
     ("MIXTURE =", "import experiments.other\nM =", "shares: the 1 shares sum to 2, not 1"),

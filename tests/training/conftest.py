@@ -6,7 +6,7 @@ from eurollm_jax.corpus.preparing.prepare import prepare
 from eurollm_jax.data.loader import DataConfig
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.experiment import Experiment
-from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.training.schedule import WSD
 
 
@@ -19,7 +19,7 @@ def tiny(tokenizer):
         heads=4,
         kv_heads=2,
         head_dim=8,
-        mlp=32,
+        mlp=Gated(32),
         max_positions=32,
         tied=True,
         compute="float32",

@@ -22,6 +22,7 @@ def overridden(experiment, tmp_path):
         module.parent.mkdir(exist_ok=True)
         module.write_text(
             "from eurollm_jax.experiment import *\n"
+            "from eurollm_jax.model.config import *\n"
             "from eurollm_jax.data.loader import DataConfig\n"
             "from eurollm_jax.data.removal import Removal\n"
             f"EXPERIMENT = {experiment!r}\n"

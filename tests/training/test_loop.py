@@ -74,6 +74,7 @@ def command_of(experiment, folder):
     module.parent.mkdir()
     module.write_text(
         "from eurollm_jax.experiment import *\n"
+        "from eurollm_jax.model.config import *\n"
         "from eurollm_jax.data.loader import DataConfig\n"
         "from eurollm_jax.corpus.tokenizing.parity import Parity\n"
         f"EXPERIMENT = {experiment!r}\n"

@@ -86,19 +86,29 @@ def experiment_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def
     return changed, docstring
 
 
-def trained_model(run: Path):  # type: ignore[no-untyped-def]
-    """Parameters, configuration and tokenizer of a run's newest checkpoint."""
+def recorded_run(run: Path):  # type: ignore[no-untyped-def]
+    """Record, model and tokenizer of a run that has a checkpoint; None for the tokenizer that an import lacked."""
     from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
     from eurollm_jax.experiment import read_record, recorded_model
+
+    record = read_record(run)
+    config = recorded_model(record)
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} holds no checkpoint: train the run first.")
+    if record.get("imported") and not record["imported"]["tokenizer"]:
+        return record, config, None
+    return record, config, Tokenizer.load(run / "tokenizer")
+
+
+def trained_model(run: Path):  # type: ignore[no-untyped-def]
+    """Parameters, configuration and tokenizer of a run's newest checkpoint."""
     from eurollm_jax.training.checkpoint import Checkpoints
     from eurollm_jax.training.step import abstract_params
 
-    config = recorded_model(read_record(run))
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} holds no checkpoint: train the run first.")
+    _, config, tokenizer = recorded_run(run)
     with closing(Checkpoints(run / "checkpoints", read_only=True)) as checkpoints:
         params, _ = checkpoints.restore_params(abstract_params(config, one_device()))
-    return params, config, Tokenizer.load(run / "tokenizer")
+    return params, config, tokenizer
 
 
 def one_device():  # type: ignore[no-untyped-def]

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eurollm_jax.data.batch import Batch
+from eurollm_jax.model.config import TransformerConfig
+from eurollm_jax.model.layers import soft_cap
+from eurollm_jax.model.moe import Routing
 from eurollm_jax.model.param import Params
-from eurollm_jax.model.transformer import TransformerConfig, forward, head
+from eurollm_jax.model.transformer import forward, head
 from eurollm_jax.parallel.mesh import Layout
 
 LOGITS_AT_ONCE = {"cpu": 2**23}  # per device; few enough to stay near the cache of a CPU
@@ -33,10 +36,14 @@ class SourceSums(NamedTuple):
 
 def batch_loss(
     params: Params, batch: Batch, config: TransformerConfig, layout: Layout, z_loss: float = 0.0
-) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """The loss summed over a batch, and the nats of each position."""
-    hidden = forward(params, batch.tokens, batch.segments, batch.positions, config, layout)
-    return cross_entropy(hidden, head(params, config), batch.targets, batch.mask, z_loss=z_loss, layout=layout)
+) -> tuple[Float[Array, ""], Float[Array, "B T"], Routing | None]:
+    """The loss summed over a batch, the nats of each position, and how the routers, if any, spread the tokens."""
+    hidden, routing = forward(params, batch.tokens, batch.segments, batch.positions, config, layout)
+    weight = head(params, config)
+    total, nats = cross_entropy(
+        hidden, weight, batch.targets, batch.mask, z_loss=z_loss, layout=layout, cap=config.logit_cap
+    )
+    return total, nats, routing
 
 
 def sum_by_source(batch: Batch, nats: Float[Array, "B T"], token_bytes: Int[Array, "V"], sources: int) -> SourceSums:
@@ -57,11 +64,13 @@ def cross_entropy(
     *,
     z_loss: float,
     layout: Layout,
+    cap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """The loss summed over the masked positions, and each position's nats (zero where the mask is False).
 
     Only the sum is differentiable. It adds `z_loss * log(Z)^2` to each position (PaLM, arXiv:2204.02311), which the
-    nats leave out. Products are in the type of `hidden`; sums and the head's gradient are in float32.
+    nats leave out. With `cap`, each logit is cap * tanh(product / cap). Products are in the type of `hidden`; sums and
+    the head's gradient are in float32.
     """
     batch, length, _ = hidden.shape
     at_once = LOGITS_AT_ONCE.get(layout.platform, LOGITS_AT_ONCE_ELSEWHERE)
@@ -75,24 +84,25 @@ def cross_entropy(
         jnp.pad(targets, padding),
         jnp.pad(mask, padding),
         z_loss,
+        cap,
         chunk,
         layout,
     )
     return total, nats[:, :length]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _summed(hidden, head, targets, mask, z_loss, chunk, layout):  # type: ignore[no-untyped-def]
-    total, nats, _ = _by_chunks(hidden, head, targets, mask, z_loss, chunk, layout, gradients=False)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _summed(hidden, head, targets, mask, z_loss, cap, chunk, layout):  # type: ignore[no-untyped-def]
+    total, nats, _ = _by_chunks(hidden, head, targets, mask, z_loss, cap, chunk, layout, gradients=False)
     return total, nats
 
 
-def _forward(hidden, head, targets, mask, z_loss, chunk, layout):  # type: ignore[no-untyped-def]
-    total, nats, gradients = _by_chunks(hidden, head, targets, mask, z_loss, chunk, layout, gradients=True)
+def _forward(hidden, head, targets, mask, z_loss, cap, chunk, layout):  # type: ignore[no-untyped-def]
+    total, nats, gradients = _by_chunks(hidden, head, targets, mask, z_loss, cap, chunk, layout, gradients=True)
     return (total, nats), gradients
 
 
-def _backward(z_loss, chunk, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
+def _backward(z_loss, cap, chunk, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
     d_total, _ = cotangents
     d_hidden, d_head = gradients
     return (d_total * d_hidden).astype(d_hidden.dtype), d_total * d_head, None, None
@@ -102,7 +112,15 @@ _summed.defvjp(_forward, _backward)
 
 
 def _by_chunks(
-    hidden: Array, head: Array, targets: Array, mask: Array, z_loss: float, chunk: int, layout: Layout, gradients: bool
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    mask: Array,
+    z_loss: float,
+    cap: float | None,
+    chunk: int,
+    layout: Layout,
+    gradients: bool,
 ) -> tuple[Array, Array, Any]:
     """Scans over chunks of the sequence axis, so that each device holds its own rows of every chunk.
 
@@ -123,6 +141,7 @@ def _by_chunks(
         h, target, counted = part
         flat = h.reshape(-1, width)
         logits = jnp.dot(flat, weight, preferred_element_type=jnp.float32).reshape(batch, chunk, -1)
+        logits = soft_cap(logits, cap)
         logits = layout.constrain(logits, "batch", "sequence", "vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nats = jnp.where(counted, log_z - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0], 0.0)
@@ -131,8 +150,10 @@ def _by_chunks(
             return (total, d_head), (nats, None)
         probability = jnp.exp(logits - log_z[..., None]) * (1.0 + 2.0 * z_loss * log_z)[..., None]
         one_hot = target[..., None] == jnp.arange(logits.shape[-1])
-        d_logits = jnp.where(counted[..., None], probability - one_hot, 0.0).astype(h.dtype)
-        d_logits = d_logits.reshape(-1, d_logits.shape[-1])
+        d_logits = jnp.where(counted[..., None], probability - one_hot, 0.0)
+        if cap is not None:
+            d_logits *= 1 - jnp.square(logits / cap)  # of the product before the cap
+        d_logits = d_logits.astype(h.dtype).reshape(-1, d_logits.shape[-1])
         d_h = jnp.dot(d_logits, weight.T).reshape(h.shape)
         by_part = flat.reshape(parts, -1, width), d_logits.reshape(parts, -1, d_logits.shape[-1])
         d_head += jnp.einsum("pnd,pnv->pdv", *by_part, preferred_element_type=jnp.float32)

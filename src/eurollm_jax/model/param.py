@@ -26,15 +26,18 @@ class Param:
 
     Keyword order is dimension order; each keyword names a logical axis and gives its size. `fan_in` names the axes that
     a product with this weight sums over: the initial standard deviation is `scale / sqrt(product of their sizes)`.
-    Without it the weight is the gain of a norm: it starts at one and is not decayed.
+    Without it the weight is a gain or a bias: it starts at `start` everywhere and is not decayed.
     """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     fan_in: tuple[str, ...]
     scale: float
+    start: float
 
-    def __init__(self, *, fan_in: str | tuple[str, ...] = (), scale: float = 1.0, **sizes: int) -> None:
+    def __init__(
+        self, *, fan_in: str | tuple[str, ...] = (), scale: float = 1.0, start: float = 1.0, **sizes: int
+    ) -> None:
         fan_in = (fan_in,) if isinstance(fan_in, str) else fan_in
         if unknown := set(fan_in) - set(sizes):
             raise ValueError(f"fan_in names {sorted(unknown)}, which are not axes of {tuple(sizes)}")
@@ -42,6 +45,7 @@ class Param:
         object.__setattr__(self, "shape", tuple(sizes.values()))
         object.__setattr__(self, "fan_in", fan_in)
         object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "start", start)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,12 +61,12 @@ class Param:
 
     @property
     def std(self) -> float:
-        """Initial standard deviation; 0 where the weight starts at one."""
+        """Initial standard deviation; 0 where the weight starts at the same value everywhere."""
         return self.scale / math.sqrt(math.prod(self.sizes[axis] for axis in self.fan_in)) if self.fan_in else 0.0
 
     def stacked(self, **leading: int) -> "Param":
         """The same weight with leading axes, such as `layers=24`; its fan-in stays as it is."""
-        return Param(fan_in=self.fan_in, scale=self.scale, **leading, **self.sizes)
+        return Param(fan_in=self.fan_in, scale=self.scale, start=self.start, **leading, **self.sizes)
 
 
 def stack(specs: Specs, **leading: int) -> Specs:
@@ -88,7 +92,7 @@ def init(specs: Specs, key: PRNGKeyArray) -> Params:
 
     def value(path: str, spec: Param) -> Array:
         if not spec.fan_in:
-            return jnp.ones(spec.shape, jnp.float32)
+            return jnp.full(spec.shape, spec.start, jnp.float32)
         path_key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
         return spec.std * jax.random.normal(path_key, spec.shape, jnp.float32)
 
@@ -100,7 +104,7 @@ def count(specs: Specs) -> int:
 
 
 def decay_mask(specs: Specs) -> dict[str, Any]:
-    """True where weight decay applies: to matrices, not to the gains of norms."""
+    """True where weight decay applies: to matrices, not to gains and biases."""
     return jax.tree.map(lambda spec: spec.decayed, specs)
 
 
@@ -109,6 +113,7 @@ def table(specs: Specs) -> str:
     lines = []
     for path, spec in flatten(specs).items():
         shape = " ".join(f"{axis}={size}" for axis, size in spec.sizes.items())
-        start = f"normal({spec.std:.6g})" if spec.fan_in else "ones"
+        constant = {0.0: "zeros", 1.0: "ones"}.get(spec.start, f"all {spec.start:.6g}")
+        start = f"normal({spec.std:.6g})" if spec.fan_in else constant
         lines.append(f"{path:24s} {shape}  {start}  {'decayed' if spec.decayed else 'not decayed'}")
     return "\n".join([*lines, f"total {count(specs)}", ""])

@@ -30,6 +30,8 @@ PARAMETER_AXES: Mapping[str, MeshAxes] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": None,
+    "slope": None,
     "vocab": "tensor",
 }
 ACTIVATION_AXES: Mapping[str, MeshAxes] = {

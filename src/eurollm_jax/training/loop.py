@@ -34,6 +34,7 @@ from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.metrics import Clock, MetricsWriter
 from eurollm_jax.training.progress import Progress
 from eurollm_jax.training.recorder import Recorder
+from eurollm_jax.training.start import first_state, hash_of_start
 from eurollm_jax.training.step import Program, StepMetrics, TrainState, build_program
 
 log = logging.getLogger(__name__)
@@ -76,11 +77,8 @@ def open_inputs(experiment: Experiment) -> Inputs:
             raise UserError(
                 f"{store.path} was prepared with another tokenizer than {experiment.tokenizer}: prepare it again."
             )
-    if tokenizer.vocab_size != experiment.model.vocab_size:
-        raise UserError(
-            f"the model's vocab_size={experiment.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size}: "
-            "change the model, or train another tokenizer."
-        )
+    if spare := tokenizer.spare_rows(experiment.model.vocab_size):
+        log.warning("the model's vocabulary has %d rows that no token of the tokenizer uses", spare)
     shares = {planned.name: planned.share for planned in data.plan(experiment.total_rows)}
     parity = parity_report(experiment.parity, data.sources, shares)
     parity.require()
@@ -126,12 +124,14 @@ def train(experiment: Experiment, docstring: str) -> Path:
         token_bytes=inputs.tokenizer.piece_bytes,
         sources=len(inputs.data.source_names),
         z_loss=experiment.z_loss,
+        ema=experiment.ema,
     )
     measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.languages))
     hashes = {
         "tokenizer": inputs.tokenizer.sha256,
         "store": inputs.data.fingerprint,
         "heldout": inputs.heldout.store.fingerprint,
+        **hash_of_start(experiment),
     }
     embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
     facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
@@ -147,7 +147,7 @@ def _go_on(run: Run) -> None:
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=experiment.keep_checkpoints)
     resume_at = checkpoints.latest
     if resume_at is None:
-        state = run.program.init(jax.random.key(experiment.seed))
+        state = first_state(experiment, run.program, run.layout)
         progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(data.source_names)}
     else:
         state, progress = checkpoints.restore(run.program.state)
@@ -156,7 +156,7 @@ def _go_on(run: Run) -> None:
         log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
     else:
         write_json(run.folder / "plan.json", plan(experiment, data) | {"parity": run.inputs.parity.describe()})
-        _keep_tokenizer(run.inputs.tokenizer, run.folder / "tokenizer")
+        run.inputs.tokenizer.save(run.folder / "tokenizer")  # so that the model can be used when the original has moved
         for outdated in ("evaluation.json", "samples.json", "report.html"):
             (run.folder / outdated).unlink(missing_ok=True)
         with (
@@ -234,11 +234,3 @@ def _conclude(run: Run, params: Params) -> None:
         sources = [max(found, key=lambda source: source.bytes) for found in heldout.languages.values()]
         samples = sample(params, run.experiment.model, run.layout, tokenizer, sources)
         write_json(run.folder / "samples.json", samples)
-
-
-def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """A copy in the run, so that its model can be used when the original has moved."""
-    folder.mkdir(exist_ok=True)
-    partial = folder / ".partial"
-    partial.write_bytes(tokenizer.model)
-    partial.replace(folder / tokenizer.model_path.name)

@@ -67,5 +67,5 @@ def _matrix(spec: Param) -> optax.contrib.MuonDimensionNumbers | None:
     if not spec.fan_in or "vocab" in spec.axes:
         return None
     inner = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.fan_in)
-    outer = tuple(i for i, axis in enumerate(spec.axes) if axis not in (*spec.fan_in, "layers"))
+    outer = tuple(i for i, axis in enumerate(spec.axes) if axis not in (*spec.fan_in, "layers", "experts"))
     return optax.contrib.MuonDimensionNumbers(inner, outer)

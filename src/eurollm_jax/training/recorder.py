@@ -11,6 +11,8 @@ from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import bits_per_byte
 from eurollm_jax.experiment import Experiment
 from eurollm_jax.model.loss import SourceSums
+from eurollm_jax.model.moe import Routing
+from eurollm_jax.model.transformer import flops_per_token
 from eurollm_jax.training.metrics import Clock, MetricsWriter, peak_flops
 from eurollm_jax.training.progress import Progress
 from eurollm_jax.training.step import StepMetrics
@@ -26,7 +28,7 @@ class Recorder:
         self._sizes, self._data, self._writer, self._bar = experiment.batch_sizes, data, writer, bar
         self._tokens = np.array(tokens, np.int64)
         self._learning_rate = experiment.schedule.build(experiment.steps)
-        self._flops_per_token = experiment.model.flops_per_token(experiment.data.sequence_length)
+        self._flops_per_token = flops_per_token(experiment.model, experiment.data.sequence_length)
         self._peak = peak_flops(experiment.model.compute)
 
     def progress(self) -> dict[str, Any]:
@@ -35,7 +37,7 @@ class Recorder:
 
     def train(self, step: int, interval: Sequence[StepMetrics]) -> None:
         """Records the steps that end with `step`; waits for the last of them."""
-        losses, norms, sums = zip(*jax.device_get(list(interval)), strict=True)
+        losses, norms, sums, routings = zip(*jax.device_get(list(interval)), strict=True)
         seconds, waited = self.clock.lap()
         nats, tokens, byte_counts = (np.sum(np.stack(field), axis=0) for field in zip(*sums, strict=True))
         self._tokens += tokens
@@ -49,6 +51,7 @@ class Recorder:
             "tokens_per_second": rate,
             "peak_share": rate * self._flops_per_token / self._peak,
             "data_wait": waited / seconds,
+            **_router_figures(routings),
         }
         per_source = zip(
             self._data.source_names, self._data.schedule.counts(row), self._tokens, nats, byte_counts, strict=True
@@ -93,3 +96,16 @@ class Recorder:
         )
         self._writer.curves(step, {"heldout/mean": macro, **{f"heldout/{k}": v for k, v in per_source.items()}})
         self._bar.say(f"step {step}: held out {macro:.3f} bits per byte, the mean over {len(per_source)} sources")
+
+
+def _router_figures(routings: Sequence[Routing | None]) -> dict[str, float]:
+    """Of a mixture of experts, means over the interval's steps; the busiest expert's load is 1 where all are even."""
+    found = [routing for routing in routings if routing is not None]
+    if not found:
+        return {}
+    load = np.mean([routing.load for routing in found], axis=0)
+    return {
+        "router_balance": float(np.mean([routing.balance for routing in found])),
+        "router_z": float(np.mean([routing.z for routing in found])),
+        "router_busiest": float(load.max() * load.shape[-1]),
+    }

@@ -14,9 +14,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.errors import UserError
+from eurollm_jax.model.config import MoE, TransformerConfig
 from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
+from eurollm_jax.model.moe import Routing, auxiliary_loss, rebalanced
 from eurollm_jax.model.param import Params, flatten, init
-from eurollm_jax.model.transformer import TransformerConfig, specs
+from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import Layout
 
 
@@ -25,12 +27,14 @@ class TrainState:
     step: Int[Any, ""]  # steps done
     params: Params
     optimizer: Any  # optax state
+    ema: Params | None = None  # exponential moving average of the parameters, where the run keeps one
 
 
 class StepMetrics(NamedTuple):
-    loss: Float[Array, ""]  # mean nats per predicted token, without z-loss
+    loss: Float[Array, ""]  # mean nats per predicted token, without z-loss and routers' losses
     grad_norm: Float[Array, ""]  # before clipping
     sources: SourceSums
+    routing: Routing | None  # of a mixture of experts
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Program:
     """The functions of a run, and the shapes and shardings of its state."""
 
     init: Callable[[PRNGKeyArray], TrainState]
+    start: Callable[[Params], TrainState]  # from parameters that are there already; takes over their memory
     train: Any  # jitted (TrainState, Batch) -> (TrainState, StepMetrics); takes over the state's memory
     state: TrainState  # of jax.ShapeDtypeStruct with shardings
     rows: NamedSharding
@@ -71,17 +76,24 @@ def build_program(
     token_bytes: Int[np.ndarray, "V"],
     sources: int,
     z_loss: float,
+    ema: float | None = None,
 ) -> Program:
-    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows."""
+    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows; `ema` is the share
+    that the average of the parameters keeps of itself at each step."""
     ways = layout.ways("batch")
     for size in batch_sizes:
         if size % ways:
             raise UserError(f"a batch of {size} rows does not divide over {ways} devices: use a multiple of {ways}.")
     weights = specs(config)
+    moe = config.mlp if isinstance(config.mlp, MoE) else None
 
     def init_state(key: PRNGKeyArray) -> TrainState:
         params = init(weights, key)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer.init(params))
+        return start(params)
+
+    def start(params: Params) -> TrainState:
+        average = None if ema is None else jax.tree.map(jnp.copy, params)  # the step takes over the memory of both
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
     abstract = jax.eval_shape(init_state, jax.random.key(0))
     of_params = layout.parameters(weights)
@@ -89,27 +101,36 @@ def build_program(
         step=layout.replicated,
         params=of_params,
         optimizer=_like_params(abstract.optimizer, of_params, layout),
+        ema=None if ema is None else of_params,
     )
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         predicted = jnp.maximum(jnp.sum(batch.mask), 1)
 
-        def mean_loss(params: Params) -> tuple[Array, Array]:
-            total, nats = batch_loss(params, batch, config, layout, z_loss)
-            return total / predicted, nats
+        def mean_loss(params: Params) -> tuple[Array, tuple[Array, Routing | None]]:
+            total, nats, routing = batch_loss(params, batch, config, layout, z_loss)
+            mean = total / predicted
+            if moe is not None and routing is not None:
+                mean += auxiliary_loss(routing, moe)
+            return mean, (nats, routing)
 
-        (_, nats), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        (_, (nats, routing)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         metrics = StepMetrics(
             loss=jnp.sum(nats) / predicted,
             grad_norm=optax.global_norm(gradients),
             sources=sum_by_source(batch, nats, jnp.asarray(token_bytes), sources),
+            routing=routing,
         )
         params = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, optimizer=optimizer_state), metrics
+        if moe is not None and routing is not None:
+            params = rebalanced(params, routing, moe)
+        average = None if ema is None else optax.incremental_update(params, state.ema, 1 - ema)
+        return TrainState(state.step + 1, params, optimizer_state, average), metrics
 
     return Program(
         init=jax.jit(init_state, out_shardings=sharding),
+        start=jax.jit(start, out_shardings=sharding, donate_argnums=0),
         train=jax.jit(
             train,
             in_shardings=(sharding, layout.rows),

@@ -1,14 +1,23 @@
 """A checkpoint comes back exactly, or not at all."""
 
 import logging
+import os
+import signal
 import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import struct
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from eurollm_jax.errors import UserError
-from eurollm_jax.training.checkpoint import MANIFEST, Checkpoints, faults
+from eurollm_jax.training import checkpoint
+from eurollm_jax.training.checkpoint import MANIFEST, Checkpoints, faults, write_checkpoint
 
 
 def state(seed):
@@ -26,11 +35,14 @@ def saved(folder, *steps, **options):
     checkpoints.close()
 
 
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def restored(folder):
     checkpoints = Checkpoints(folder)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
-    result, progress = checkpoints.restore(abstract)
-    params, _ = checkpoints.restore_params(abstract["params"])
+    result, progress = checkpoints.restore(abstract(state(0)))
+    params, _ = checkpoints.restore_params(abstract(state(0))["params"])
     checkpoints.close()
     np.testing.assert_array_equal(params["w"], result["params"]["w"])
     return result, progress
@@ -91,3 +103,206 @@ def test_damage_to_any_file_is_found_and_the_one_before_used(tmp_path, caplog, d
 def test_nothing_to_restore_is_said_plainly(tmp_path):
     with pytest.raises(UserError, match="holds no sound checkpoint"):
         restored(tmp_path)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The folders that were verified, in order."""
+    verified = []
+    monkeypatch.setattr(checkpoint, "faults", lambda folder: verified.append(int(folder.name)) or faults(folder))
+    return verified
+
+
+def test_steps_are_those_of_sound_checkpoints_and_each_is_hashed_once(tmp_path, caplog, hashed):
+    saved(tmp_path, 1, 2, 10, keep=5)
+    (tmp_path / "2" / "progress" / "metadata").write_text("{}")
+    hashed.clear()
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert hashed == [10]  # what opening needs
+    with caplog.at_level(logging.ERROR):
+        assert reader.steps() == [1, 10] == reader.steps()
+    assert hashed == [10, 2, 1]
+    assert f"{tmp_path / '2'} is damaged" in caplog.text
+    assert (tmp_path / "2").is_dir()  # read only
+
+    np.testing.assert_array_equal(reader.weights(1).read("w"), state(1)["params"]["w"])
+    np.testing.assert_array_equal(reader.weights().read("w"), state(10)["params"]["w"])
+    assert hashed == [10, 2, 1]
+    for step in (2, 3):
+        with pytest.raises(UserError, match=rf"no sound checkpoint of step {step}: choose one of 1, 10\."):
+            reader.weights(step)
+
+
+def test_too_few_checkpoints_for_an_average_are_counted(tmp_path):
+    saved(tmp_path, 1, 2, 3, keep=3)
+    reader = Checkpoints(tmp_path, read_only=True)
+    two = np.mean([state(seed)["params"]["w"] for seed in (2, 3)], axis=0, dtype=np.float64).astype(np.float32)
+    np.testing.assert_array_equal(reader.averaged(2).read("w"), two)
+    with pytest.raises(UserError, match=r"holds 3 sound checkpoints, too few for .* keep_checkpoints=4 or more"):
+        reader.averaged(4)
+    (tmp_path / "2" / MANIFEST).unlink()
+    with pytest.raises(UserError, match="holds 2 sound checkpoints"):
+        Checkpoints(tmp_path, read_only=True).averaged(3)
+    with pytest.raises(UserError, match="1 or more"):
+        reader.averaged(0)
+
+
+@struct.dataclass
+class State:
+    params: Any
+    step: Any
+    ema: Any = None
+
+
+def test_a_state_without_an_average_is_stored_as_before_there_was_one(tmp_path):
+    """A part that is None leaves no trace, so that older checkpoints and states with the part left out agree."""
+    before, average = state(1), {"w": state(2)["params"]["w"]}
+    now = State(before["params"], before["step"])
+    for folder, tree in {"before": before, "now": now, "average": replace(now, ema=average)}.items():
+        writer = Checkpoints(tmp_path / folder)
+        writer.save(7, tree, {})
+        writer.close()
+    metadata = {name: (tmp_path / name / "7" / "state" / "_METADATA").read_text() for name in ("before", "now")}
+    assert metadata["before"] == metadata["now"]
+
+    for folder in ("before", "now"):
+        reader = Checkpoints(tmp_path / folder, read_only=True)
+        result, _ = reader.restore(abstract(now))
+        jax.tree.map(np.testing.assert_array_equal, result, now)
+        assert result.ema is None
+        for attempt in (lambda r: r.weights(item="ema"), lambda r: r.restore_params(abstract(average), "ema")):
+            with pytest.raises(UserError, match="holds no moving average of the weights: train with `ema`"):
+                attempt(reader)
+
+    reader = Checkpoints(tmp_path / "average", read_only=True)
+    result, _ = reader.restore(abstract(replace(now, ema=average)))
+    jax.tree.map(np.testing.assert_array_equal, result, replace(now, ema=average))
+    np.testing.assert_array_equal(reader.restore_params(abstract(average), "ema")[0]["w"], average["w"])
+    np.testing.assert_array_equal(reader.restore_params(abstract(average))[0]["w"], before["params"]["w"])
+    np.testing.assert_array_equal(reader.weights(item="ema").read("w"), average["w"])
+
+
+SHAPES = {"embedding": (24, 8), "layers/norm": (3, 8), "layers/query": (3, 8, 2, 4), "layers/experts/up": (3, 4, 8, 6)}
+
+
+def written_params():
+    rng = np.random.default_rng(3)
+    flat = {path: rng.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}
+    layers = {"norm": flat["layers/norm"], "query": flat["layers/query"], "experts": {"up": flat["layers/experts/up"]}}
+    return flat, {"embedding": flat["embedding"], "layers": layers}
+
+
+def pieces(flat):
+    """Shuffled, and each weight cut on as many axes as it is stacked on."""
+    cuts = [
+        (path, index)
+        for path, weight in flat.items()
+        for index in np.ndindex(weight.shape[: path.count("layers") + path.count("experts")])
+    ]
+    shuffled = np.random.default_rng(0).permutation(len(cuts))
+    return [(*cuts[number], flat[cuts[number][0]][cuts[number][1]]) for number in shuffled]
+
+
+def test_a_checkpoint_written_in_pieces_is_restored_onto_any_sharding(tmp_path):
+    flat, tree = written_params()
+    write_checkpoint(tmp_path / "run", 0, SHAPES, pieces(flat), {"row": 5})
+    subprocess.run(["sha256sum", "--check", "--quiet", MANIFEST], cwd=tmp_path / "run" / "0", check=True)
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    checkpoints = Checkpoints(tmp_path / "run", read_only=True)
+    assert checkpoints.steps() == [0]
+    spreads = {
+        "nothing": lambda x: P(),
+        "last axis": lambda x: P(*[None] * (x.ndim - 1), "a"),
+        "the axis of 8": lambda x: P(*[None] * x.shape.index(8), ("a", "b")),
+    }
+    for spread in spreads.values():
+        wanted = jax.tree.map(
+            lambda x, spread=spread: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spread(x))),
+            tree,
+        )
+        params, progress = checkpoints.restore_params(wanted)
+        jax.tree.map(np.testing.assert_array_equal, params, tree)
+        assert jax.tree.all(jax.tree.map(lambda got, want: got.sharding == want.sharding, params, wanted))
+        assert progress == {"row": 5}
+
+    saver = Checkpoints(tmp_path / "saved")
+    saver.save(0, {"params": jax.tree.map(jax.numpy.asarray, tree)}, {"row": 5})
+    saver.close()
+    ours, theirs = (Checkpoints(tmp_path / run, read_only=True).weights() for run in ("run", "saved"))
+    assert ours.paths() == theirs.paths() == sorted(SHAPES)
+    for path, weight in flat.items():
+        np.testing.assert_array_equal(ours.read(path), weight)
+        np.testing.assert_array_equal(theirs.read(path), weight)
+
+    with pytest.raises(UserError, match="is there already"):
+        write_checkpoint(tmp_path / "run", 0, SHAPES, pieces(flat), {})
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice", "shape", "cut", "unknown", "late"])
+def test_pieces_that_do_not_make_up_the_weights_leave_nothing(tmp_path, fault):
+    flat, _ = written_params()
+    given = pieces(flat)
+
+    def faulty():
+        yield from given if fault != "missing" else given[1:]
+        if fault == "twice":
+            yield given[0]
+        elif fault == "shape":
+            yield "embedding", (), flat["embedding"][:-1]
+        elif fault == "cut":
+            yield "layers/norm", (), flat["layers/norm"]
+        elif fault == "unknown":
+            yield "head", (), flat["embedding"]
+        elif fault == "late":
+            raise UserError("the source is damaged")
+
+    expected = {"unknown": KeyError, "late": UserError}.get(fault, ValueError)
+    with pytest.raises(expected, match={"late": "the source is damaged", "missing": "pieces came of"}.get(fault)):
+        write_checkpoint(tmp_path, 0, SHAPES, faulty(), {})
+    assert list(tmp_path.iterdir()) == []
+    write_checkpoint(tmp_path, 0, SHAPES, given, {})
+    assert Checkpoints(tmp_path, read_only=True).steps() == [0]
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from eurollm_jax.training.checkpoint import write_checkpoint
+
+def pieces():
+    for layer in range(32):
+        if {die} and layer == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield "layers/up", (layer,), np.full((512, 1024), layer, np.float32)
+
+{before}
+write_checkpoint(Path(sys.argv[1]), 0, {{"layers/up": (32, 512, 1024)}}, pieces(), {{}})
+"""
+
+
+def run_script(folder, **parts):
+    script = SCRIPT.format(**{"die": False, "before": ""} | parts)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script, folder]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_kill_while_pieces_are_written_leaves_nothing_that_looks_whole(tmp_path):
+    assert run_script(tmp_path, die=True).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert sum(path.stat().st_size for path in left.rglob("*") if path.is_file()) > 1 << 20  # it was under way
+    assert Checkpoints(tmp_path, read_only=True).steps() == []
+    assert run_script(tmp_path).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    np.testing.assert_array_equal(
+        Checkpoints(tmp_path, read_only=True).weights().read("layers/up", (31,)), np.full((512, 1024), 31)
+    )
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+    failed = run_script(tmp_path, before=limit)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
+    assert list(tmp_path.iterdir()) == []

@@ -86,9 +86,9 @@ def test_fields_of_an_experiment_are_options(call, made):
 def test_export_and_its_proof(call, made, tmp_path, dtype):
     said = call("export", made.run, tmp_path / "export", "--dtype", dtype, "--verify")
     assert said.status == 0, said
-    assert said.out.startswith(f"{tmp_path / 'export'}: written\n")
+    assert said.out.startswith(f"{tmp_path / 'export'}: written (step 4, {dtype})\n")
     assert "FAILED" not in said.out
-    assert said.out.count("│ ok │") == 8
+    assert said.out.count("│ ok │") == 9
     assert json.loads((tmp_path / "export/config.json").read_text())["dtype"] == dtype
 
 

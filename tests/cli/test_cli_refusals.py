@@ -101,7 +101,7 @@ def test_a_store_that_is_none_or_of_another_tokenizer_is_refused(call, refusal, 
     assert f"{tmp_path / 'store'} was prepared with another tokenizer than {made.folder / 'tokenizer'}" in said
     said = refusal(made.folder, "train", made.experiment, "--name", "new", "--heldout", tmp_path / "store")
     assert f"{tmp_path / 'store'} was prepared with another tokenizer" in said
-    assert "vocab_size=99 is not the tokenizer's 640" in refusal(
+    assert "has 640 tokens and the model's vocab_size is 99" in refusal(
         made.folder, "train", made.experiment, "--name", "new", "--model.vocab-size", 99
     )
 
@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_run_is_refused(refusal, made, corpus_dir, tmp_path)
     for command, said in (
         (("generate", "{}", "--prompt", "a"), "untrained holds no checkpoint: train the run first"),
         (("export", "{}", tmp_path / "export"), "untrained holds no checkpoint: train the run first"),
-        (("export", "{}", tmp_path / "export", "--verify"), "untrained has no samples.json to verify an export with"),
+        (("export", "{}", tmp_path / "export", "--verify"), "untrained holds no checkpoint: train the run first"),
     ):
         argv = [tmp_path / "untrained" if part == "{}" else part for part in command]
         assert said in refusal(tmp_path, *argv)
@@ -221,9 +221,9 @@ def test_generate_refuses_what_it_cannot_do(refusal, made):
     for options, said in (
         (("--prompt", "Katze " * 100), "tokens, and with 100 new ones they exceed the model's 160 positions: shorten"),
         (("--prompt", "a", "--tokens", 500), "with 500 new ones they exceed the model's 160 positions"),
-        (("--prompt", "a", "--tokens", 0), "must be at least 1"),
-        (("--prompt", "a", "--top-p", 2), "above 0 but not above 1"),
-        (("--prompt", "a", "--temperature", -1), "at least 0"),
+        (("--prompt", "a", "--tokens", 0), "max_new_tokens is 0: it must be 1 or more"),
+        (("--prompt", "a", "--top-p", 2), "top_p is 2.0: it must be above 0 and not above 1"),
+        (("--prompt", "a", "--temperature", -1), "temperature is -1.0: it must be 0"),
     ):
         assert said in refusal(made.folder, "generate", made.run, *options)
 

@@ -64,8 +64,11 @@ def with_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    import jax
+
     from eurollm_jax.hf.importing import import_folder
 
+    jax.config.update("jax_platforms", "cpu")  # weights go from file to file: an accelerator is left to others
     hub = import_folder(arguments.folder, arguments.run)
     print(f"{arguments.run}: {hub.family.architecture}, {hub.parameters:,} parameters in {hub.dtype}")
 

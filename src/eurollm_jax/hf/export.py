@@ -1,11 +1,15 @@
-"""Writes a model as a folder that `transformers` loads: safetensors, configuration, tokenizer, list of hashes.
+"""Writes a model as a folder that `transformers` loads: safetensors, configuration, tokenizer, card, list of hashes.
 
-One shard at a time is in memory, and the folder appears under its name only when it is whole.
+A few tensors are in memory at a time, and the folder appears under its name only when it is whole.
 """
 
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +17,66 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.numpy import save_file
 
-from eurollm_jax.corpus.folders import file_sha256, new_folder, write_json
+from eurollm_jax.corpus.folders import file_sha256, full_disk_is_named, new_folder, write_json
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
-from eurollm_jax.hf.mapping import (
-    CONFIG_NAME,
-    DTYPES,
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    ExportDtype,
-    Tensor,
-    config_to_hf,
-    tensors,
-)
-from eurollm_jax.hf.tokenizer import write_hf_tokenizer
-from eurollm_jax.model.param import Params, flatten
-from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.hf.families import family_for
+from eurollm_jax.hf.families.family import Family
+from eurollm_jax.hf.folder import HASHES_NAME, recorded_hashes
+from eurollm_jax.hf.mapping import CONFIG_NAME, DTYPES, INDEX_NAME, WEIGHTS_NAME, ExportDtype, Tensor, Weights, tensors
+from eurollm_jax.hf.tensor_file import write_tensor_file
+from eurollm_jax.hf.tokenizer import generation_config, write_hf_tokenizer
+from eurollm_jax.hf.transposing import copy_to, row_blocks
+from eurollm_jax.model.config import TransformerConfig
 
-HASHES_NAME = "SHA256SUMS"
+CARD_NAME = "README.md"
+GENERATION_NAME = "generation_config.json"
+# Of an imported config.json, what is not the architecture and goes out as it came in.
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache")
+
+_AHEAD = 2  # tensors that are made while one is written
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a model keeps of the folder that it was imported from."""
+
+    architecture: str
+    dtype: ExportDtype
+    config: Mapping[str, Any]  # its config.json
+    generation_config: Mapping[str, Any] | None
 
 
 def export(
-    params: Params,
+    weights: Weights,
     config: TransformerConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     out: Path,
     *,
     dtype: ExportDtype = "bfloat16",
     max_shard_bytes: int = 5 * 10**9,
+    architecture: str | None = None,
+    imported: Imported | None = None,
+    chat_template: str | None = None,
+    card: str | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write the model to the folder `out` and return its files; `params` are numpy or jax arrays.
+    """Write the model to the folder `out` and return its files.
 
-    With `overwrite` an earlier export at `out` is replaced once the new one is whole: two renames, and a failure
-    before or between them leaves the earlier one in place. Raises UserError, with nothing touched, where `out` holds
-    anything that no export of ours wrote, where the tokenizer's vocabulary is not the model's, or where a weight is
-    not finite in `dtype`.
+    Its architecture is the one asked for, else the one it was imported as, else the first that can say all of it. With
+    `overwrite` an earlier export at `out` is replaced once the new one is whole: two renames, and a failure before or
+    between them leaves the earlier one in place. Raises UserError, with nothing touched, where `out` holds anything
+    that no export of ours wrote, where no architecture or not the one asked for can say the model, where the tokenizer
+    has ids that the model lacks, or where a weight is not finite in `dtype`.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: choose one of {', '.join(DTYPES)}.")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"{tokenizer.model_path} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
-            f"give the tokenizer that the model was trained with."
-        )
-    description = config_to_hf(
-        config, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes={max_shard_bytes} must be 1 or more.")
+    if tokenizer is not None:
+        tokenizer.spare_rows(config.vocab_size)
+    family = family_for(config, architecture or (imported.architecture if imported else None))
     earlier = out.is_dir() and any(out.iterdir())
     if earlier and not (overwrite and is_export(out)):
         raise UserError(
@@ -73,17 +88,39 @@ def export(
     staged = out.with_name(f".{out.name}.new") if earlier else out
     if earlier and staged.exists():
         shutil.rmtree(staged)  # whole, but its process was killed before it took its place
-    with new_folder(staged) as folder:
-        write_json(folder / CONFIG_NAME, description)
-        write_json(folder / "generation_config.json", {k: v for k, v in description.items() if k.endswith("_token_id")})
-        write_hf_tokenizer(tokenizer, folder, model_max_length=config.max_positions)
-        _write_weights(flatten(params), tensors(config), folder, np.dtype(jnp.dtype(dtype)), max_shard_bytes)
+    kept = "the earlier export stays as it is" if earlier else "nothing is left at that place"
+    with full_disk_is_named(out, f"{kept}; export again"), new_folder(staged) as folder:
+        hashes = _write_weights(weights, family, config, folder, np.dtype(jnp.dtype(dtype)), max_shard_bytes)
+        marks = _write_descriptions(folder, tokenizer, config, imported, chat_template)
+        write_json(folder / CONFIG_NAME, config_json(family, config, dtype, marks))
+        if card is not None:
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
         names = sorted(file.name for file in folder.iterdir())
-        sums = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
+        sums = "".join(f"{hashes.get(name) or file_sha256(folder / name)}  {name}\n" for name in names)
         (folder / HASHES_NAME).write_text(sums, encoding="utf-8")
     if earlier:
         _replace(out, staged)
     return [out / name for name in sorted([*names, HASHES_NAME])]
+
+
+def config_json(
+    family: Family, config: TransformerConfig, dtype: ExportDtype, marks: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of config.json, with each field in every form that a version of transformers reads.
+
+    Version 4 takes `rope_theta` and `torch_dtype` where version 5 takes `rope_parameters` and `dtype`; a reader that
+    misses one falls back to its own default without a word.
+    """
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write(config),
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **marks,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
 
 
 def is_export(folder: Path) -> bool:
@@ -93,35 +130,101 @@ def is_export(folder: Path) -> bool:
     return {file.name for file in folder.iterdir()} == {HASHES_NAME, *recorded_hashes(folder)}
 
 
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 in hex, as written with the export. Raises UserError where the list is damaged."""
-    lines = (folder / HASHES_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
-    pairs = [line.split("  ", 1) for line in lines]
-    if damaged := [number for number, pair in enumerate(pairs, 1) if len(pair) != 2]:
-        raise UserError(f"{folder / HASHES_NAME}, line {damaged[0]}: expected a hash, two spaces and a file name.")
-    return {name: digest for digest, name in pairs}
+def _write_descriptions(
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    config: TransformerConfig,
+    imported: Imported | None,
+    chat_template: str | None,
+) -> dict[str, Any]:
+    """Writes the tokenizer and generation_config.json; returns what config.json says beside the architecture."""
+    recorded = imported.generation_config if imported else None
+    carried = {name: imported.config[name] for name in CARRIED if name in imported.config} if imported else {}
+    if tokenizer is not None:
+        write_hf_tokenizer(tokenizer, folder, model_max_length=config.max_positions, chat_template=chat_template)
+        described = generation_config(tokenizer, recorded)
+    elif chat_template is not None:
+        raise UserError("a chat template belongs to a tokenizer, and this model has none: leave it out.")
+    else:
+        described = dict(recorded or {})
+    write_json(folder / GENERATION_NAME, described)
+    return {name: value for name, value in described.items() if name.endswith("_token_id")} | carried
 
 
 def _write_weights(
-    weights: Mapping[str, Any], wanted: list[Tensor], folder: Path, dtype: np.dtype, max_shard_bytes: int
-) -> None:
+    weights: Weights,
+    family: Family,
+    config: TransformerConfig,
+    folder: Path,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+) -> dict[str, str]:
+    """Writes the shards and, where there are several, their index; returns each shard's SHA-256."""
+    wanted = [*tensors(family.table, config), *_constants(family, config)]
     shards = list(_shards(wanted, dtype.itemsize, max_shard_bytes))
-    total = sum(tensor.size for tensor in wanted)
+    hashes: dict[str, str] = {}
     index: dict[str, str] = {}
     with _progress() as progress:
-        task = progress.add_task("writing weights", total=total * dtype.itemsize)
+        task = progress.add_task("writing weights", total=sum(tensor.size for tensor in wanted) * dtype.itemsize)
+
+        def values() -> Iterator[np.ndarray]:
+            for value in _made_ahead(wanted, weights, family, dtype):
+                yield value
+                progress.advance(task, value.nbytes)
+
+        made = values()
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WEIGHTS_NAME
-            content = {}
-            for tensor in shard:
-                content[tensor.name] = _cast(tensor, weights[tensor.path], dtype)
-                index[tensor.name] = name
-                progress.advance(task, tensor.size * dtype.itemsize)
-            save_file(content, folder / name, metadata={"format": "pt"})  # transformers refuses a file without it
-            (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
+            shapes = {tensor.name: tensor.shape for tensor in shard}
+            hashes[name] = write_tensor_file(folder / name, shapes, dtype, islice(made, len(shard)))
+            index |= dict.fromkeys(shapes, name)
     if len(shards) > 1:
+        total = sum(tensor.size for tensor in wanted)
         metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
         write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": index})
+    return hashes
+
+
+def _constants(family: Family, config: TransformerConfig) -> list[Tensor]:
+    """The numbers that the architecture keeps among its tensors; their path is their name in the family."""
+    return [
+        Tensor(name.format(layers=layer), name, (layer,), "->", {})
+        for name in family.constants
+        for layer in range(config.depth)
+    ]
+
+
+def _made_ahead(wanted: list[Tensor], weights: Weights, family: Family, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tensors as they are to be written, in order; the next ones are made while one is written and hashed."""
+    made: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        try:
+            for tensor in wanted:
+                made.append(pool.submit(_made, tensor, weights, family, dtype))
+                if len(made) > _AHEAD:
+                    yield made.popleft().result()
+            while made:
+                yield made.popleft().result()
+        finally:
+            for future in made:
+                future.cancel()
+
+
+def _made(tensor: Tensor, weights: Weights, family: Family, dtype: np.dtype) -> np.ndarray:
+    """A tensor as it is to be written. Raises UserError where it is not finite."""
+    value = np.empty(tensor.shape, dtype)
+    if tensor.path in family.constants:
+        value[...] = family.constants[tensor.path]
+        return value
+    ours = tensor.from_hf(value)  # a view: what is written to it is in its place over there
+    for part in row_blocks(ours.shape):
+        copy_to(ours[part], weights.read(tensor.path, (*tensor.index, *part)))
+    if not _all_finite(value):
+        raise UserError(
+            f"{tensor.place} holds values that are not finite in {dtype.name}: export another checkpoint, or with "
+            "dtype float32."
+        )
+    return value
 
 
 def _shards(wanted: list[Tensor], itemsize: int, max_bytes: int) -> Iterator[list[Tensor]]:
@@ -138,16 +241,13 @@ def _shards(wanted: list[Tensor], itemsize: int, max_bytes: int) -> Iterator[lis
     yield shard
 
 
-def _cast(tensor: Tensor, weight: Any, dtype: np.dtype) -> np.ndarray:
-    """The tensor as it is written: safetensors takes the memory as it lies, so it must be contiguous."""
-    with np.errstate(over="ignore"):  # refused below, by name
-        value = np.ascontiguousarray(tensor.to_hf(weight).astype(dtype))
-    if not np.isfinite(value).all():
-        raise UserError(
-            f"{tensor.path}{'' if tensor.layer is None else f', layer {tensor.layer}'}, holds values that are not "
-            f"finite in {dtype.name}: export another checkpoint, or with dtype float32."
-        )
-    return value
+def _all_finite(value: np.ndarray) -> bool:
+    """As `np.isfinite(value).all()`, several times as fast: of the bits of all floats, as signed integers those of +inf
+    and the positive NaNs are the largest, and as unsigned ones those of -inf and the negative NaNs."""
+    size = value.dtype.itemsize
+    bits, infinities = value.reshape(-1), np.array([np.inf, -np.inf], value.dtype)
+    positive, negative = infinities[0].view(f"i{size}"), infinities[1].view(f"u{size}")
+    return not bits.size or bool(bits.view(f"i{size}").max() < positive and bits.view(f"u{size}").max() < negative)
 
 
 def _replace(out: Path, staged: Path) -> None:

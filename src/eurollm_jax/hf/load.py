@@ -1,85 +1,59 @@
-"""Reads a Hugging Face folder into our configuration and weights, and refuses by name what it does not understand."""
+"""Places the weights of a Hugging Face folder on devices: of the files, each device's part is read and nothing more."""
 
-import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import jax
+import numpy as np
 
-from eurollm_jax.errors import UserError
-from eurollm_jax.hf.mapping import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, config_from_hf, from_hf, tensors
-from eurollm_jax.model.param import Params, unflatten
-from eurollm_jax.model.transformer import TransformerConfig
+from eurollm_jax.hf.folder import HubFolder
+from eurollm_jax.hf.mapping import Tensor
+from eurollm_jax.model.config import TransformerConfig
+from eurollm_jax.model.param import Param, Params, flatten, map_with_path
+from eurollm_jax.model.transformer import specs
+from eurollm_jax.parallel.mesh import Layout
 
-_FLOATS = ("BF16", "F16", "F32")
+_AT_ONCE = 4  # tensors that are read
 
 
-def load(folder: Path) -> tuple[TransformerConfig, Params]:
-    """Configuration, and weights as a tree of numpy float32, of a folder of safetensors, in one file or in shards.
+def load(folder: Path | HubFolder, layout: Layout) -> tuple[TransformerConfig, Params]:
+    """Configuration and float32 weights of a folder of safetensors, sharded as `layout` says.
 
-    Raises UserError where a file is missing or damaged, where the index and the shards disagree, where a tensor is
-    missing, unknown, of another shape or not of floats, and where config.json asks for what our decoder does not do.
+    The host holds one device's part of one weight at a time, and up to four of its tensors as they are in the files.
+    Raises UserError as `HubFolder` does.
     """
-    config = config_from_hf(read_object(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
-    files = {name: shard for shard in _shards(folder) for name in shard.names}
-    wanted = {tensor.name: tensor for tensor in tensors(config)}
-    if missing := [name for name in wanted if name not in files]:
-        raise UserError(f"{folder} lacks {_few(missing)}, which its config.json calls for: fetch or export it again.")
-    if unknown := [name for name in files if name not in wanted]:
-        raise UserError(f"{folder} holds {_few(unknown)}, which a model of its config.json does not have.")
-    for name, tensor in wanted.items():
-        files[name].check(name, tensor.shape)
-    return config, unflatten(from_hf(lambda name: files[name].file.get_tensor(name), config))
+    hub = HubFolder(folder) if isinstance(folder, Path) else folder
+    parts: dict[str, list[Tensor]] = {}
+    for tensor in hub.tensors:
+        parts.setdefault(tensor.path, []).append(tensor)
+    weights = specs(hub.config)
+    shardings = layout.parameters(weights)
+
+    def place(path: str, spec: Param) -> jax.Array:
+        return jax.make_array_from_callback(spec.shape, at[path], _reader(hub, parts[path], spec))
+
+    at = flatten(shardings)
+    return hub.config, map_with_path(place, weights)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give a folder with a model in Hugging Face format.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): fetch or export it again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch or export it again.")
-    return value
+def _reader(hub: HubFolder, parts: list[Tensor], spec: Param) -> Callable[[Any], np.ndarray]:
+    """The function from slices of one weight to its values."""
+    by_index = {tensor.index: tensor for tensor in parts}
+    leading = len(parts[0].index)
 
+    def read(wanted: Sequence[slice] | None) -> np.ndarray:
+        wanted = tuple(wanted or ()) or tuple(slice(None) for _ in spec.shape)
+        ranges = [range(*part.indices(size)) for part, size in zip(wanted[:leading], spec.shape, strict=False)]
+        rest = wanted[leading:]
+        shape = [len(range(*part.indices(size))) for part, size in zip(wanted, spec.shape, strict=True)]
+        value = np.empty(shape, np.float32)
+        places = zip(product(*(range(len(r)) for r in ranges)), product(*ranges), strict=True)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # waits for files, copies: neither holds the interpreter's lock
+            for _ in pool.map(lambda at: hub.read(by_index[at[1]], rest, value[(*at[0], ...)]), places):
+                pass
+        return value
 
-class _Shard:
-    """One safetensors file: its header is read at once, each tensor when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.file = safe_open(path, framework="np")
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: fetch or export the folder again.") from None
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}): fetch or export it again.") from None
-        self.names: list[str] = list(self.file.keys())
-
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        header = self.file.get_slice(name)
-        if (found := tuple(header.get_shape())) != shape:
-            raise UserError(f"{self.path}: {name} has shape {found}, and config.json calls for {shape}.")
-        if (dtype := header.get_dtype()) not in _FLOATS:
-            raise UserError(f"{self.path}: {name} is stored as {dtype}, and only {', '.join(_FLOATS)} are supported.")
-
-
-def _shards(folder: Path) -> list[_Shard]:
-    """The files of the folder, as the index names them where there is one."""
-    index = folder / INDEX_NAME
-    if not index.is_file():
-        return [_Shard(folder / WEIGHTS_NAME)]
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{index} has no weight_map: fetch or export it again.")
-    shards = [_Shard(folder / name) for name in sorted(set(places.values()))]
-    held = {name: shard.path.name for shard in shards for name in shard.names}
-    if differing := sorted(name for name in held.keys() | places.keys() if held.get(name) != places.get(name)):
-        raise UserError(f"{index} and the files it lists disagree about {_few(differing)}: fetch or export it again.")
-    return shards
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return read

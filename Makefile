@@ -31,7 +31,7 @@ quickstart: .venv/.ready
 test: .venv/.ready-to-test
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
-test-all: .venv/.ready-to-test
+test-all: .venv/.ready-to-test-all
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/.ready-to-test
@@ -59,3 +59,7 @@ clean:
 .venv/.ready-to-test: .venv/bin/uv pyproject.toml constraints.txt
 	$(UV_INSTALL) --editable '.[dev,verify,datatrove]'
 	@touch $@ .venv/.ready
+
+.venv/.ready-to-test-all: .venv/.ready-to-test
+	$(UV_INSTALL) --editable '.[dev,verify,datatrove,readers]'
+	@touch $@

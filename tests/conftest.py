@@ -9,10 +9,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as FastTokenizer
 
 from eurollm_jax.corpus.preparing.prepare import prepare
 from eurollm_jax.corpus.store import TokenStore
@@ -108,3 +112,138 @@ def tokenizer(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tok
 def store(corpus_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """All of `corpus_dir`; its sources are bg, de, el, en and mt."""
     return prepare(corpus_dir, tokenizer, tmp_path_factory.mktemp("store") / "small", workers=1)
+
+
+# Tokenizers as labs publish them, trained on the sentences above. A byte-level one splits text by a pattern like that
+# of GPT-4 or Llama 3; one of SentencePiece's kind marks spaces, and writes as bytes what no piece covers.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(special: list[str], added: list[str], normalizer: Any = None) -> FastTokenizer:
+    fast = FastTokenizer(models.BPE())
+    if normalizer is not None:
+        fast.normalizer = normalizer
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    fast.train_from_iterator((line for lines in SENTENCES.values() for line in lines), trainer)
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    fast.add_tokens([AddedToken(name, special=False, normalized=False) for name in added])
+    return fast
+
+
+def _of_pieces(first: list[str], added: list[str]) -> FastTokenizer:
+    """Without what puts a space in front; `first` have the first ids, the bytes the next."""
+    learner = FastTokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False)
+    learner.train_from_iterator((line for lines in SENTENCES.values() for line in lines), trainer)
+    model = json.loads(learner.to_str())["model"]
+    names = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"], *added]
+    vocab = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    fast = FastTokenizer(
+        models.BPE(
+            vocab, [tuple(pair) for pair in model["merges"]], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    fast.normalizer = normalizers.Replace(" ", "▁")
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in first])
+    fast.add_tokens([AddedToken(name, special=False, normalized=False) for name in added])
+    return fast
+
+
+def _begins_with(fast: FastTokenizer, bos: str) -> Any:
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]
+    )
+
+
+def _qwen(normalizer: Any) -> tuple[FastTokenizer, dict[str, Any]]:
+    chat = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    fast = _byte_level(chat, ["<think>", "</think>"], normalizer)
+    named = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
+    ids = [fast.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    return fast, {
+        "tokenizer_config.json": named | {"chat_template": "{{ messages }}"},
+        "generation_config.json": {"bos_token_id": ids[1], "eos_token_id": ids, "top_p": 0.8},
+    }
+
+
+def _llama3() -> tuple[FastTokenizer, dict[str, Any]]:
+    fast = _byte_level(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], [])
+    fast.model.ignore_merges = True
+    template = _begins_with(fast, "<|begin_of_text|>")
+    fast.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return fast, {"tokenizer_config.json": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}}
+
+
+def _olmo() -> tuple[FastTokenizer, dict[str, Any]]:
+    fast = _byte_level(["<|endoftext|>", "<|pad|>"], ["   ", "    "])
+    fast.post_processor = processors.ByteLevel(trim_offsets=False)
+    mark = {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    named = {"bos_token": "<|endoftext|>", "eos_token": mark, "pad_token": "<|pad|>"}
+    return fast, {"tokenizer_config.json": {}, "special_tokens_map.json": named}
+
+
+def _llama2(*, metaspace: bool) -> tuple[FastTokenizer, dict[str, Any]]:
+    fast = _of_pieces(["<unk>", "<s>", "</s>"], [])
+    if metaspace:
+        fast.normalizer = None
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.post_processor = _begins_with(fast, "<s>")
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    return fast, {"tokenizer_config.json": named, "config.json": {"eos_token_id": 2, "pad_token_id": 0}}
+
+
+def _gemma() -> tuple[FastTokenizer, dict[str, Any]]:
+    fast = _of_pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>"], ["▁▁", "\n\n"])
+    fast.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    fast.post_processor = _begins_with(fast, "<bos>")
+    turn = fast.token_to_id("<end_of_turn>")
+    return fast, {
+        "tokenizer_config.json": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+        "config.json": {"text_config": {"eos_token_id": [1, turn]}},
+    }
+
+
+@pytest.fixture(scope="session")
+def hub_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind -> a folder with the tokenizer files of a model of that kind; read them, never write to them."""
+    makers: dict[str, Callable[[], tuple[FastTokenizer, dict[str, Any]]]] = {
+        "qwen": lambda: _qwen(normalizers.NFC()),
+        "qwen without NFC": lambda: _qwen(None),
+        "llama 3": _llama3,
+        "olmo": _olmo,
+        "llama 2": lambda: _llama2(metaspace=False),
+        "mistral": lambda: _llama2(metaspace=True),
+        "gemma": _gemma,
+    }
+    folders = {}
+    for kind, make in makers.items():
+        folders[kind] = folder = tmp_path_factory.mktemp("hub") / kind.replace(" ", "-")
+        folder.mkdir()
+        fast, files = make()
+        fast.save(str(folder / "tokenizer.json"))
+        for name, content in files.items():
+            if name == "tokenizer_config.json":
+                content = {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "clean_up_tokenization_spaces": False,
+                    **content,
+                }
+            (folder / name).write_text(json.dumps(content, indent=1))
+    return folders

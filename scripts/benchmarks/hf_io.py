@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/hf_io.py [--quick] [--json FILE] [--keep FOLDER] [--repeats N]
 
-transformers makes a Llama of random weights in bfloat16 (the shape of Llama 3.2 1B, with 12 layers) in shards of 0.5 GB.
-Each measurement is a fresh process; in each round all take a turn, and the figures are medians over rounds:
+transformers makes a Llama of random weights in bfloat16 (the shape of Llama 3.2 1B with 12 layers), in shards of
+0.5 GB. measurement is a fresh process; in each round all take a turn, and the figures are medians over rounds:
 
 - import: folder -> run. Reads 2 GB, writes 4 GB of float32, hashes both and syncs them to disk.
 - load: folder -> arrays on the device in float32. Beside it from_pretrained in float32, the same work, and in bfloat16,
@@ -120,9 +120,9 @@ def load_theirs(folder: Path, dtype: str) -> Callable[[], Any]:
 
 
 def export_ours(folder: Path) -> Callable[[], Any]:
+    from eurollm_jax.experiment import read_record, recorded_model
     from eurollm_jax.hf.export import export
     from eurollm_jax.hf.importing import imported_of
-    from eurollm_jax.experiment import read_record, recorded_model
     from eurollm_jax.training.checkpoint import Checkpoints
 
     record = read_record(folder / "run")
@@ -333,7 +333,17 @@ def prepare(folder: Path, quick: bool) -> None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ("eurollm_jax", "jax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", THEIRS, "torch", "safetensors")
+    names = (
+        "eurollm_jax",
+        "jax",
+        "orbax-checkpoint",
+        "tensorstore",
+        "numpy",
+        "ml_dtypes",
+        THEIRS,
+        "torch",
+        "safetensors",
+    )
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 

@@ -205,6 +205,45 @@ def test_a_folder_that_is_no_run_is_refused(refusal, made, corpus_dir, tmp_path)
         assert said in refusal(tmp_path, *argv)
 
 
+@pytest.fixture
+def imported(call, made, tmp_path):
+    """A run made of an export of the trained one."""
+    assert call("export", made.run, tmp_path / "export", "--dtype", "float32").status == 0
+    assert call("import", tmp_path / "export", tmp_path / "runs/imported").status == 0
+    return tmp_path / "runs/imported"
+
+
+def test_a_start_that_cannot_be_one_is_refused_before_anything_is_made(refusal, made, imported):
+    train = ("train", made.experiment, "--runs", imported.parent, "--start-from", imported)
+    said = refusal(imported.parent, *train, "--name", "new", "--model.depth", 3)
+    assert "imported has other weights than the model" in said
+    said = refusal(imported.parent, *train, "--name", "imported")
+    assert "'imported' would begin with its own run" in said
+
+
+def test_what_an_imported_run_has_not_is_said(call, refusal, imported, tmp_path):
+    said = call("report", imported)
+    assert (said.status, said.err) == (0, "")
+    assert "LlamaForCausalLM" in said.out
+    assert "- Attention: 4 heads of 8; keys and values: 2 of them for all heads" in said.out
+    assert not (imported / "report.html").exists()
+    for options, why in (
+        (("--ema",), "holds no moving average of the weights"),
+        (("--average-last", 2), "too few for an average of the last 2"),
+        (("--chat-template", tmp_path / "none.jinja"), "none.jinja does not exist"),
+        (("--architecture", "Qwen3ForCausalLM"), "Qwen3ForCausalLM cannot say its qk_norm"),
+    ):
+        assert why in refusal(tmp_path, "export", imported, tmp_path / "out", *options)
+
+
+def test_a_model_that_no_architecture_can_say_is_told_before_it_is_trained(call, made, caplog):
+    assert "Exports as LlamaForCausalLM" in made.shown.out
+    said = call("show", made.experiment, "--model.qk-norm", "full")
+    assert said.status == 0
+    assert "Exports as" not in said.out
+    assert "WHAT IS TRAINED HERE CANNOT BE EXPORTED: no architecture of transformers" in caplog.text
+
+
 def test_a_run_is_only_read_by_generate_and_export(call, contents, made, tmp_path, caplog):
     """A checkpoint that is being written meanwhile stays."""
     run = tmp_path / "run"

@@ -233,6 +233,21 @@ def test_an_export_of_ours_that_got_more_tokens_is_taken_with_them(tokenizer, tm
     assert more.decode(more.encode("a ▁ b")) == "a ▁ b"
 
 
+def test_a_model_needs_no_rows_for_control_tokens_at_the_end(hub_folders, tmp_path):
+    """Gemma 3 1B has 262,144 rows, and its tokenizer one token more, which stands for an image."""
+    folder, rows = hub_folders["gemma"], Tokenizer.load(hub_folders["gemma"]).vocab_size
+    more = changed(folder, tmp_path / "image", lambda fast: fast.add_special_tokens(["<image_soft_token>"]))
+    assert (more.vocab_size, more.spare_rows(rows)) == (rows + 1, 0)
+    assert more.encode("an <image_soft_token>").max() < rows
+    text = changed(folder, tmp_path / "text", lambda fast: fast.add_tokens(["<image_soft_token>"]))
+    with pytest.raises(UserError, match=f"has {rows + 1} tokens and the model's vocab_size is {rows}"):
+        text.spare_rows(rows)
+    config = tmp_path / "image" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<image_soft_token>"}))
+    with pytest.raises(UserError, match=f"has {rows + 1} tokens and the model's vocab_size is {rows}"):
+        Tokenizer.load(tmp_path / "image").spare_rows(rows)
+
+
 def test_a_sentencepiece_model_of_others_needs_its_json(hub_folders, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"of another kind")
     with pytest.raises(UserError, match=r"not a SentencePiece model.*give the folder with its tokenizer\.json"):

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation import generate as module
 from eurollm_jax.evaluation.generate import LOOK_EVERY, Sampling, _continuation, _likeliest, generate
 from eurollm_jax.hf.export import export
 from eurollm_jax.hf.mapping import InMemory
+from eurollm_jax.hf.tokenizer import write_hf_tokenizer
 from eurollm_jax.model.config import Attention, BalanceBias, Gated, MoE, Rope, TransformerConfig
 from eurollm_jax.model.param import flatten, unflatten
 from eurollm_jax.model.transformer import forward, logits, specs
@@ -391,6 +394,19 @@ def test_places_of_the_vocabulary_that_the_tokenizer_does_not_know_are_never_dra
     }
     for sampling in (Sampling(), Sampling(1.0, seed=2)):
         written = generate(padded, wide, layout, tokenizer, PROMPTS, max_new_tokens=NEW, sampling=sampling)
+        assert written == generate(params, CONFIG, layout, tokenizer, PROMPTS, max_new_tokens=NEW, sampling=sampling)
+
+
+def test_a_control_token_that_the_model_has_no_row_for_changes_nothing(params, layout, tokenizer, tmp_path):
+    write_hf_tokenizer(tokenizer, tmp_path, model_max_length=64)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    more = {"id": 640, "content": "<image_soft_token>", "special": True, "normalized": False}
+    described["added_tokens"].append(more | {"single_word": False, "lstrip": False, "rstrip": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    wider = Tokenizer.load(tmp_path)
+    assert wider.vocab_size == 641
+    for sampling in (Sampling(), Sampling(1.0, top_p=0.9, seed=2)):
+        written = generate(params, CONFIG, layout, wider, PROMPTS, max_new_tokens=NEW, sampling=sampling)
         assert written == generate(params, CONFIG, layout, tokenizer, PROMPTS, max_new_tokens=NEW, sampling=sampling)
 
 

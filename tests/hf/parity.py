@@ -194,9 +194,7 @@ NEWER_ONLY = ("rope_parameters",)
 OLDER_ONLY = ("rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor")
 
 
-def assert_config_comes_back(
-    hub: HubFolder, *, without_effect: tuple[str, ...] = (), older_alone: bool = True
-) -> None:
+def assert_config_comes_back(hub: HubFolder, *, without_effect: tuple[str, ...] = (), older_alone: bool = True) -> None:
     """What we write of the configuration is the same to transformers and to us: all of it, and either schema alone.
 
     `without_effect` names fields that say nothing where another is given; without `older_alone` the older schema is one
@@ -225,6 +223,7 @@ def assert_config_comes_back(
         theirs = config_class.from_dict(copy.deepcopy(raw)).to_dict()
         theirs["head_dim"] = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
         theirs["rope_parameters"] = frequencies(raw)
+        theirs.pop("original_max_position_embeddings", None)  # what it comes to is in the frequencies
         return {name: value for name, value in theirs.items() if name not in NEUTRAL | set(without_effect)}
 
     wanted = understood(dict(hub.raw))

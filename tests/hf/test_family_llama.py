@@ -1,7 +1,9 @@
 """Llama, Mistral, Qwen2 and Qwen3, against transformers."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from eurollm_jax.hf.families.llama import LLAMA, MISTRAL
 from eurollm_jax.hf.families.qwen import QWEN2, QWEN3
 from eurollm_jax.hf.folder import HubFolder
 from eurollm_jax.hf.rope import write_rope
+from eurollm_jax.model import families
 from eurollm_jax.model.config import (
     Attention,
     Gated,
@@ -36,6 +39,7 @@ from tests.hf.parity import (
     saved,
 )
 
+PUBLISHED = json.loads((Path(__file__).parent.parent / "golden" / "published.json").read_text())
 SIZES = dict(vocab_size=96, num_hidden_layers=3, bos_token_id=None, eos_token_id=None)  # a continuation has no end
 # three heads of ten in a width of 24, one key/value head: nothing is width / heads
 NARROW = SIZES | dict(
@@ -243,6 +247,7 @@ def test_llama_cannot_say_it(change, lacking):
         family_for(replace(CONFIG, **change), "LlamaForCausalLM")
 
 
+SCALED = Rope(5e5, Llama3Scaling(8.0, 16))
 OTHER_SCALING = {"rope_parameters": write_rope(Rope(5e5, LinearScaling(2.0)))["rope_parameters"]}
 
 
@@ -262,6 +267,7 @@ OTHER_SCALING = {"rope_parameters": write_rope(Rope(5e5, LinearScaling(2.0)))["r
         (LLAMA, {"num_hidden_layers": None}, "num_hidden_layers is missing"),
         (LLAMA, {"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, and must be a positive number"),
         (LLAMA, {"rope_theta": 1e4}, "rope_theta 10000.0 and rope_parameters.rope_theta 500000.0 disagree"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, and must be a positive number"),
         (LLAMA, {"rope_theta": "1e4"}, "rope_theta is '1e4', and must be a positive number"),
         (
             LLAMA,
@@ -276,7 +282,14 @@ OTHER_SCALING = {"rope_parameters": write_rope(Rope(5e5, LinearScaling(2.0)))["r
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, and must be a positive number"),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "odd": 1}}, "odd may change"),
         (LLAMA, {"rope_scaling": [1]}, "rope_scaling is [1], and must be an object"),
+        (
+            LLAMA,
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 7.0}},
+            "rope_theta 500000.0 and rope_scaling.rope_theta 7.0 disagree",
+        ),
+        (LLAMA, write_rope(SCALED) | {"original_max_position_embeddings": 9}, "is 9, and 16 in the scaling"),
         (LLAMA, {"partial_rotary_factor": 0.6}, "partial_rotary_factor is 0.6"),
+        (LLAMA, {"untie_embeddings_and_output_weights": False}, "untie_embeddings_and_output_weights is False"),
         (MISTRAL, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by kind of layer"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window is 0"),
         (MISTRAL, {"attention_bias": True}, "attention_bias may change"),
@@ -298,11 +311,27 @@ def test_unsupported_config_is_refused_by_name(family, change, message):
         family.config(family.write(CONFIG) | change)
 
 
+@pytest.mark.parametrize("name", ["VIKING_7B", "SMOLLM3_3B", "APERTUS_8B"])
+def test_published_configs_are_read_with_what_else_their_files_hold(name):
+    beside = {"_attn_implementation_autoset": True, "auto_map": {}, "pretraining_tp": 2, "torch_dtype": "bfloat16"}
+    beside |= {"max_window_layers": 28} if name == "SMOLLM3_3B" else {}
+    raw = PUBLISHED[name] | beside
+    assert canonical(family_of_folder(raw, name).config(raw, name)) == canonical(getattr(families, name))
+
+
+def test_the_original_positions_are_said_where_llama_cpp_looks_for_them():
+    written = LLAMA.write(replace(CONFIG, pattern=(Attention(rope=SCALED),)))
+    assert written["original_max_position_embeddings"] == 16
+    theirs = transformers.LlamaConfig.from_dict(written)
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 16
+
+
 def test_unsupported_architecture_is_refused_by_name():
     for raw, message in [
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel is not supported"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', and must be a list of names"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, "architectures says LlamaForCausalLM and"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):

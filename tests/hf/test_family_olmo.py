@@ -207,6 +207,11 @@ def test_the_usual_scale_is_the_same_as_none():
         (OLMO3, {"sliding_window": 0}, "sliding_window is 0"),
         (OLMO3, {"sliding_window_pattern": 4}, "sliding_window_pattern may change"),
         (OLMO3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor may change"),
+        (
+            OLMO3,
+            {"rope_parameters": by_kind(5e5, YARN | {"truncate": False}), "rope_scaling": YARN | {"truncate": False}},
+            "truncate is false in the scaling of layers without a window",
+        ),
     ],
 )
 def test_unsupported_config_is_refused_by_name(family, change, message):

@@ -40,8 +40,7 @@ def ours_for(tensor, dice):
 def test_there_and_back(pattern):
     tensor = tensor_of(pattern)
     ours = ours_for(tensor, np.random.default_rng(0))
-    theirs = tensor.to_hf(ours)
-    np.testing.assert_array_equal(theirs, rearrange(ours, pattern, **tensor.sizes))
+    theirs = rearrange(ours, pattern, **tensor.sizes)
     assert (theirs.shape, theirs.size) == (tensor.shape, tensor.size)
     np.testing.assert_array_equal(tensor.from_hf(theirs), ours)
 
@@ -51,7 +50,7 @@ def test_any_slices_of_ours_out_of_what_is_read_of_theirs(pattern):
     dice = np.random.default_rng(1)
     tensor = tensor_of(pattern)
     ours = ours_for(tensor, dice)
-    theirs = tensor.to_hf(ours)
+    theirs = rearrange(ours, pattern, **tensor.sizes)
     for _ in range(200):
         wanted = tuple(
             slice(None) if dice.random() < 0.2 else slice(*sorted(map(int, dice.integers(0, size + 1, 2))))

@@ -53,6 +53,29 @@ def test_value_and_gradients(inputs, one_device, monkeypatch, at_once, z_loss):
     np.testing.assert_allclose(d_head, 3 * expected[3], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("cap", [0.5, 4.0, 30.0])
+def test_a_logit_cap_as_jax_differentiates_it(inputs, one_device, monkeypatch, cap, z_loss):
+    """From caps that flatten nearly all logits to such as hardly touch them."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", {"cpu": 5 * B * V})
+    hidden, head, targets, mask = inputs
+    hidden, head = hidden.astype(np.float32), head.astype(np.float32)
+
+    def plain(hidden, head):
+        logits = cap * jnp.tanh(hidden @ head / cap)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nats = (log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]) * mask
+        return 3.0 * (nats.sum() + z_loss * (log_z**2 * mask).sum()), nats
+
+    def ours(hidden, head):
+        total, nats = cross_entropy(hidden, head, targets, mask, z_loss=z_loss, layout=one_device, cap=cap)
+        return 3.0 * total, nats
+
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, head) for f in (ours, plain))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_logits_of_the_whole_batch_are_never_held(one_device):
     """In the compiled program, temporaries stay far below the logits of all positions."""
     batch, length, width, vocab = 8, 1024, 16, 65_536

@@ -341,5 +341,5 @@ def test_an_impossible_experiment_is_refused(experiment, change, message):
 
 def test_a_vocabulary_of_another_size_is_refused(experiment):
     model = dataclasses.replace(experiment.model, vocab_size=99)
-    with pytest.raises(UserError, match="vocab_size=99 is not the tokenizer's"):
+    with pytest.raises(UserError, match="model's vocab_size is 99"):
         train(dataclasses.replace(experiment, model=model), "")

@@ -7,11 +7,13 @@ import numpy as np
 import optax
 import pytest
 
+from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.loader import DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
+from eurollm_jax.model.config import Attention, BalanceBias, BalanceLoss, Gated, MoE, Norm, TransformerConfig
 from eurollm_jax.model.param import flatten, init, unflatten
-from eurollm_jax.model.transformer import TransformerConfig, embed, specs
+from eurollm_jax.model.transformer import embed, specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.optimizer import AdamW, Muon
 from eurollm_jax.training.step import build_program
@@ -25,7 +27,7 @@ MESHES = [
 ]
 
 
-def program(config, layout, tokenizer, data, batch_size=8, optimizer=AdamW()):
+def program(config, layout, tokenizer, data, batch_size=8, optimizer=AdamW(), ema=None):
     optimizer = optimizer.build(optax.constant_schedule(1e-2), specs(config))
     return build_program(
         config,
@@ -35,6 +37,7 @@ def program(config, layout, tokenizer, data, batch_size=8, optimizer=AdamW()):
         token_bytes=tokenizer.piece_bytes,
         sources=len(data.source_names),
         z_loss=1e-3,
+        ema=ema,
     )
 
 
@@ -89,6 +92,84 @@ def test_loss_is_the_mean_of_the_nats_and_sources_add_up(alone, data):
         np.testing.assert_allclose(metrics.loss, sums.nats.sum() / sums.tokens.sum(), rtol=1e-5)
 
 
+def test_the_average_of_the_parameters_is_its_closed_form(tiny, tokenizer, data):
+    """decay^n of the start, (1 - decay) decay^(n - i) of the parameters after step i; training goes on unchanged."""
+    layout = Layout(MeshConfig(data=2, fsdp=2, tensor=2).build())
+    averaged, plain = (program(tiny, layout, tokenizer, data, ema=ema) for ema in (0.75, None))
+    state, without = (one.init(jax.random.key(0)) for one in (averaged, plain))
+    assert without.ema is None
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(without)) + len(jax.tree.leaves(without.params))
+    expected = jax.device_get(state.params)
+    for _, batch in data.loader(0, 8, stop_row=32):
+        state, _ = averaged.train(state, layout.place_rows(batch))
+        without, _ = plain.train(without, layout.place_rows(batch))
+        expected = jax.tree.map(
+            lambda average, now: 0.75 * average + 0.25 * now, expected, jax.device_get(state.params)
+        )
+    for path, value in flatten(expected).items():
+        np.testing.assert_allclose(flatten(state.ema)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(flatten(state.params)[path], flatten(without.params)[path], rtol=1e-6, err_msg=path)
+        assert flatten(state.ema)[path].sharding == flatten(state.params)[path].sharding
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny):
+    return dataclasses.replace(tiny, mlp=MoE(experts=4, top_k=2, hidden=16))
+
+
+def test_routers_losses_enter_the_gradient_and_not_the_reported_loss(mixture, tokenizer, data):
+    layout = Layout(MeshConfig().build(jax.devices()[:1]))
+    helped = dataclasses.replace(mixture.mlp, balance=BalanceLoss(0.5), z_loss=0.1)
+    (plain, seen), (balanced, told) = (
+        three_steps(dataclasses.replace(mixture, mlp=mlp), layout, tokenizer, data) for mlp in (mixture.mlp, helped)
+    )
+    assert told[0].loss == pytest.approx(float(seen[0].loss), rel=1e-6)  # of the same weights
+    assert told[0].grad_norm != pytest.approx(float(seen[0].grad_norm), rel=1e-3)
+    assert told[-1].loss != pytest.approx(float(seen[-1].loss), rel=1e-6)
+    np.testing.assert_allclose(told[-1].loss, told[-1].sources.nats.sum() / told[-1].sources.tokens.sum(), rtol=1e-5)
+    routers = [flatten(state.params)["layers/router"] for state in (plain, balanced)]
+    assert np.abs(routers[0] - routers[1]).max() > 1e-3
+
+
+def test_routing_is_reported_for_each_layer(mixture, tokenizer, data):
+    _, seen = three_steps(mixture, Layout(MeshConfig().build(jax.devices()[:1])), tokenizer, data)
+    for metrics in seen:
+        assert metrics.routing.load.shape == (2, 4)
+        np.testing.assert_allclose(metrics.routing.load.sum(-1), 1, rtol=1e-5)
+        assert np.all(metrics.routing.balance > 1)
+        assert metrics.routing.z.shape == (2,)
+
+
+def test_a_dense_model_reports_no_routing(alone):
+    assert all(metrics.routing is None for metrics in alone[1])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("kind", ["gemma", "mixture"])
+def test_a_step_lowers_for_accelerators_that_are_not_here(kind, platform, tiny, tokenizer, data):
+    options = dict(
+        gemma=dict(
+            depth=3,
+            mlp=Gated(32, "gelu_tanh"),
+            pattern=(Attention(window=8), Attention()),
+            norm=Norm("both", 1e-6, "one_plus_weight"),
+            qk_norm="head",
+            attention_cap=50.0,
+            logit_cap=30.0,
+        ),
+        mixture=dict(mlp=MoE(8, 2, 32, score="sigmoid", shared=32, balance=BalanceBias())),
+    )
+    config = dataclasses.replace(tiny, compute="bfloat16", remat="full", **options[kind])
+    compiled = program(config, Layout(MeshConfig(data=2, fsdp=2, tensor=2).build()), tokenizer, data, ema=0.9)
+
+    def abstract(shape, dtype=np.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=compiled.rows)
+
+    batch = Batch(*(abstract((8, 32)) for _ in range(4)), abstract((8, 32), np.bool_), abstract((8,)))
+    lowered = compiled.train.trace(compiled.state, batch).lower(lowering_platforms=(platform,))
+    assert "stablehlo.dot_general" in lowered.as_text()
+
+
 def test_bf16_computes_and_fp32_is_kept(tiny, tokenizer, data, alone):
     config = dataclasses.replace(tiny, compute="bfloat16")
     layout = Layout(MeshConfig().build(jax.devices()[:1]))
@@ -121,7 +202,15 @@ def test_adamw_decays_matrices_only_and_clips(tiny):
 def test_a_frequent_token_learns_in_bf16_as_in_float32():
     """Its gradient is a sum over all its places, which bfloat16 could not add up."""
     config = TransformerConfig(
-        vocab_size=4, width=8, depth=1, heads=2, kv_heads=1, head_dim=4, mlp=8, max_positions=4096, compute="bfloat16"
+        vocab_size=4,
+        width=8,
+        depth=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=4,
+        mlp=Gated(8),
+        max_positions=4096,
+        compute="bfloat16",
     )
     params = init(specs(config), jax.random.key(0))
     tokens = np.ones((2, 4096), np.int32)

@@ -53,7 +53,7 @@ def run(experiment_file: str) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="eurollm", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(prog="eurollm", description="Pre-trains models for the languages of Europe.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for part in (corpus, tokenizer, mix, experiments, models):

@@ -2,11 +2,19 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from eurollm_jax.cli.arguments import Subcommands, command, experiment_of, with_experiment
+from eurollm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from eurollm_jax.model.config import TransformerConfig
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Subcommands) -> None:
@@ -16,13 +24,26 @@ def add(commands: Subcommands) -> None:
     )
 
     report = command(commands, "report", _report, "write a run's HTML report and print its table")
-    report.add_argument("run", type=Path)
+    report.add_argument("run", type=Path, help="a run directory; of an imported one, what it is made of is printed")
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from eurollm_jax.training.loop import train
 
-    train(*experiment_of(arguments))
+    experiment, docstring = experiment_of(arguments)
+    _architecture(experiment.model)
+    train(experiment, docstring)
+
+
+def _architecture(model: "TransformerConfig") -> str | None:
+    """The class of transformers that `eurollm export` writes the model as; where there is none, this is logged."""
+    from eurollm_jax.hf.families import family_for
+
+    try:
+        return family_for(model).architecture
+    except UserError as error:
+        log.warning("WHAT IS TRAINED HERE CANNOT BE EXPORTED: %s", error)
+        return None
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -51,14 +72,37 @@ def _show(arguments: argparse.Namespace) -> None:
         f"{parameters:,} parameters; {planned.total_rows:,} rows of {length} tokens, {tokens:,} tokens, "
         f"{flops * tokens:.3g} FLOP"
     )
+    if exported := _architecture(experiment.model):
+        console.print(f"Exports as {exported}", highlight=False)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from eurollm_jax.evaluation.report import final_table, write_report
+    from eurollm_jax.experiment import read_record
 
+    record = read_record(arguments.run)
+    if record.get("imported"):
+        _describe_imported(arguments.run, record)
+        return
     path = write_report(arguments.run)
     if (arguments.run / "evaluation.json").is_file():
         Console().print(final_table(arguments.run))
     else:
         print(f"{arguments.run} is not evaluated yet; `eurollm train` goes on with it and then evaluates it.")
     print(f"Open {path} in a browser.")
+
+
+def _describe_imported(run: Path, record: dict[str, Any]) -> None:
+    """There is nothing to plot of a model that was not trained here."""
+    from eurollm_jax.experiment import recorded_model
+    from eurollm_jax.hf.card.words import architecture
+
+    origin = record["imported"]
+    tokenizer = "with its tokenizer" if origin["tokenizer"] else "without a tokenizer"
+    print(
+        f"{run}: {origin['architecture']}, {record['parameters']:,} parameters in {origin['dtype']}, imported "
+        f"{tokenizer} from {origin['folder']} at {record['created']}"
+    )
+    for sentence in architecture(recorded_model(record)):
+        print(f"- {sentence}")
+    print("It was not trained here, so there are no figures. An experiment begins with it by start_from.")

@@ -17,11 +17,11 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def add(commands: Subcommands) -> None:
     importing = command(commands, "import", _import, "make a run of a model in Hugging Face format, to go on from")
     importing.add_argument("folder", type=Path, help="with config.json and safetensors files")
-    importing.add_argument("run", type=Path, help="the run directory to make")
+    importing.add_argument("run", type=Path, help="the run directory to make, such as runs/salamandra")
 
     export = command(commands, "export", _export, "write a run's model in Hugging Face format")
-    export.add_argument("run", type=Path)
-    export.add_argument("out", type=Path)
+    export.add_argument("run", type=Path, help="a run directory, trained or imported")
+    export.add_argument("out", type=Path, help="the folder to make")
     with_weights(export)
     export.add_argument(
         "--dtype",
@@ -29,31 +29,56 @@ def add(commands: Subcommands) -> None:
         help="of the weights (default: bfloat16; of an imported model, what it came in)",
     )
     export.add_argument(
-        "--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="such as 5GB (default)"
+        "--max-shard-size",
+        type=_bytes,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="of a file, such as 500MB (default: 5GB)",
     )
     export.add_argument(
-        "--architecture", help="class of transformers (default: as imported, or the first that can say the model)"
+        "--architecture",
+        metavar="CLASS",
+        help="of transformers, such as LlamaForCausalLM (default: as imported, or the first that can say the model)",
     )
-    export.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file")
-    export.add_argument("--license", help="of the weights, as the model card states it, such as apache-2.0")
+    export.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file for the tokenizer")
+    export.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
+    export.add_argument(
+        "--base-model", metavar="NAME", help="the hub's name of the model that the run began with, for the model card"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("--verify", action="store_true", help="reload with transformers and compare")
 
     hub = group(commands, "hf", "compare with Hugging Face format")
     verify = command(hub, "verify", _verify, "compare a folder with the run that it was exported from or imported to")
-    verify.add_argument("folder", type=Path)
-    verify.add_argument("run", type=Path)
+    verify.add_argument("folder", type=Path, help="in Hugging Face format")
+    verify.add_argument("run", type=Path, help="a run directory, trained or imported")
     with_weights(verify)
 
     generate = command(commands, "generate", _generate, "let a run's model continue a text")
-    generate.add_argument("run", type=Path)
-    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--tokens", type=int, default=100, help="at most (default: 100)")
-    generate.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
-    generate.add_argument("--top-k", type=int, help="draw from the K likeliest tokens (default: all)")
-    generate.add_argument("--top-p", type=float, default=0.95, help="... that together hold this share (default: 0.95)")
-    generate.add_argument("--stop", action="append", default=[], help="text to stop before; may be given several times")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("run", type=Path, help="a run directory, trained or imported")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="what is continued; may be given several times, and all are continued together",
+    )
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="to write at most (default: 100)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="0 takes the likeliest token (default: 0.7)"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw from the likeliest tokens that together hold this share of the probability (default: 0.95)",
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text to stop before; may be given several times"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
 
 
 def with_weights(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +96,7 @@ def _import(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # weights go from file to file: an accelerator is left to others
     hub = import_folder(arguments.folder, arguments.run)
     print(f"{arguments.run}: {hub.family.architecture}, {hub.parameters:,} parameters in {hub.dtype}")
+    print(f"`eurollm report {arguments.run}` says what it is made of.")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -85,14 +111,17 @@ def _export(arguments: argparse.Namespace) -> int:
     imported = imported_of(record)
     dtype = arguments.dtype or (imported.dtype if imported else "bfloat16")
     weights, described, step = _weights(arguments)
+    if imported:
+        described = "as imported"
     card = model_card(
         arguments.run,
         config,
-        name=arguments.out.name,
+        name=record["name"],
         dtype=dtype,
         sources_of_weights=described,
         step=step,
         license=arguments.license,
+        base_model=arguments.base_model,
     )
     export(
         weights,
@@ -103,7 +132,7 @@ def _export(arguments: argparse.Namespace) -> int:
         max_shard_bytes=arguments.max_shard_size,
         architecture=arguments.architecture,
         imported=imported,
-        chat_template=_text(arguments.chat_template),
+        chat_template=_template(arguments, tokenizer),
         card=card,
         overwrite=arguments.overwrite,
     )
@@ -121,8 +150,8 @@ def _compared(folder: Path, run: Path, weights: Any, config: Any, tokenizer: Any
     from eurollm_jax.hf.verify import TEXTS, verify, verify_table
 
     samples = run / "samples.json"
-    texts = [sample["prompt"] for sample in json.loads(samples.read_text())] if samples.is_file() else list(TEXTS)
-    rows = verify(folder, weights, config, tokenizer, texts=texts)
+    prompts = [sample["prompt"] for sample in json.loads(samples.read_text())] if samples.is_file() else []
+    rows = verify(folder, weights, config, tokenizer, texts=[*prompts, *TEXTS])
     Console().print(verify_table(rows))
     return 0 if all(row.ok for row in rows) else 1
 
@@ -172,9 +201,20 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _text(path: Path | None) -> str | None:
-    if path is None:
-        return None
+def _template(arguments: argparse.Namespace, tokenizer: Any) -> str | None:
+    """The chat template that is given, or the one that a tokenizer of ours was imported with; those of others keep
+    theirs among their files."""
+    from eurollm_jax.corpus.tokenizing.sentencepiece_tokenizer import SentencePieceTokenizer
+    from eurollm_jax.hf.tokenizer import recorded_chat_template
+
+    if arguments.chat_template is not None:
+        return _text(arguments.chat_template)
+    return (
+        recorded_chat_template(arguments.run / "tokenizer") if isinstance(tokenizer, SentencePieceTokenizer) else None
+    )
+
+
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

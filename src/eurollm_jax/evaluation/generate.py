@@ -98,11 +98,12 @@ def generate(
         tokens[row, : len(ids)] = ids
     ended = np.arange(len(lengths)) >= len(prompts)
 
+    vocabulary = min(tokenizer.vocab_size, config.vocab_size)
     program = _Program(
         config,
         layout,
         new=max_new_tokens,
-        vocabulary=tokenizer.vocab_size,
+        vocabulary=vocabulary,
         eos_ids=tuple(tokenizer.eos_ids),
         greedy=sampling.temperature == 0,
         cut=sampling.top_k is not None or sampling.top_p < 1,
@@ -110,7 +111,7 @@ def generate(
     dice = _Dice(
         jax.random.key(sampling.seed),
         sampling.temperature or 1.0,
-        min(sampling.top_k or tokenizer.vocab_size, tokenizer.vocab_size),
+        min(sampling.top_k or vocabulary, vocabulary),
         sampling.top_p,
     )
     params = _cast(params, config)
@@ -192,7 +193,7 @@ class _Program:
     config: TransformerConfig
     layout: Layout
     new: int
-    vocabulary: int  # the tokens that the tokenizer knows: a model may have room for more
+    vocabulary: int  # the tokens that the tokenizer knows and the model has room for
     eos_ids: tuple[int, ...]
     greedy: bool
     cut: bool  # draws are not among all tokens

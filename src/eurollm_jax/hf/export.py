@@ -3,6 +3,7 @@
 A few tensors are in memory at a time, and the folder appears under its name only when it is whole.
 """
 
+import logging
 import shutil
 import sys
 from collections import deque
@@ -28,7 +29,9 @@ from eurollm_jax.hf.mapping import CONFIG_NAME, DTYPES, INDEX_NAME, WEIGHTS_NAME
 from eurollm_jax.hf.tensor_file import write_tensor_file
 from eurollm_jax.hf.tokenizer import generation_config, write_hf_tokenizer
 from eurollm_jax.hf.transposing import copy_to, row_blocks
-from eurollm_jax.model.config import TransformerConfig
+from eurollm_jax.model.config import TransformerConfig, YarnScaling
+
+log = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 GENERATION_NAME = "generation_config.json"
@@ -76,6 +79,7 @@ def export(
         raise UserError(f"max_shard_bytes={max_shard_bytes} must be 1 or more.")
     if tokenizer is not None:
         tokenizer.spare_rows(config.vocab_size)
+    _warn_of_yarn(config)
     family = family_for(config, architecture or (imported.architecture if imported else None))
     earlier = out.is_dir() and any(out.iterdir())
     if earlier and not (overwrite and is_export(out)):
@@ -121,6 +125,17 @@ def config_json(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
+
+
+def _warn_of_yarn(config: TransformerConfig) -> None:
+    for scaling in {kind.rope.scaling for kind in config.pattern if kind.rope}:
+        if isinstance(scaling, YarnScaling) and scaling.factor != config.max_positions / scaling.original_positions:
+            log.warning(
+                "YaRN's factor %g is not max_positions / original_positions = %g, with which some versions of "
+                "transformers compute",
+                scaling.factor,
+                config.max_positions / scaling.original_positions,
+            )
 
 
 def is_export(folder: Path) -> bool:

@@ -4,6 +4,7 @@ A field that a reader ignores can change what the model computes: a peer lost 0.
 takes the fields that it knows, and what is left over is an error.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ NEUTRAL = frozenset(
         *("_name_or_path", "transformers_version", "transformers.js_config", "architectures", "model_type", "auto_map"),
         *("dtype", "torch_dtype", "initializer_range", "attention_dropout", "use_cache", "cache_implementation"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "_attn_implementation"),
+        *("_attn_implementation_autoset", "_commit_hash"),
         *("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
         *("id2label", "label2id", "problem_type", "tokenizer_class", "hidden_dropout", "classifier_dropout"),
     )
@@ -53,9 +55,9 @@ class Fields:
         return value
 
     def real(self, name: str, default: Any = _MISSING) -> float:
-        """A number above zero."""
+        """A finite number above zero."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self.error(f"{name} is {value!r}, and must be a positive number")
         return float(value)
 

@@ -3,7 +3,7 @@ are asked for. What we do not understand is refused by name."""
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -89,7 +89,9 @@ class HubFolder:
         """SHA-256 of the configuration and of each file of weights, by name, and of whatever the folder's own list of
         hashes names. Raises UserError where a file is not what that list says; without one, nothing can be compared."""
         recorded = recorded_hashes(self.folder) if (self.folder / HASHES_NAME).is_file() else {}
-        names = sorted({CONFIG_NAME, *(file.path.name for file in self.files.values()), *recorded})
+        _require_inside(recorded, self.folder / HASHES_NAME)
+        of_weights = {file.path.relative_to(self.folder).as_posix() for file in self.files.values()}
+        names = sorted({CONFIG_NAME, *of_weights, *recorded})
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise UserError(f"{self.folder / missing[0]} is missing, though {HASHES_NAME} lists it: fetch it again.")
         with ThreadPoolExecutor() as pool:
@@ -112,13 +114,21 @@ class HubFolder:
         """What may be left unread: numbers that follow from the configuration, and a second copy of the embedding."""
         if name == self._spelled(TIED_HEAD) and self.config.tied:
             embedding = next(tensor.name for tensor in self.tensors if tensor.path == "embedding")
-            if not np.array_equal(self.files[name].read(name), self.files[embedding].read(embedding)):
+            if not self._same(name, embedding):
                 raise UserError(
                     f"{self.folder}: {name} is not {embedding}, though config.json says tie_word_embeddings: "
                     "correct it."
                 )
             return True
         return any(fnmatchcase(name, pattern) for pattern in COMPUTED)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two tensors are equal, compared some rows at a time."""
+        shape = self.files[one].entries[one].shape
+        return shape == self.files[other].entries[other].shape and all(
+            np.array_equal(self.files[one].read(one, part), self.files[other].read(other, part))
+            for part in row_blocks(shape)
+        )
 
     def _spelled(self, name: str) -> str:
         """A name of the table as this folder has it."""
@@ -169,6 +179,7 @@ def _files(folder: Path) -> list[TensorFile]:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} has no weight_map: fetch or export it again.")
+    _require_inside(places.values(), index)
     files = [TensorFile(folder / name) for name in sorted(set(places.values()))]
     held: dict[str, str] = {}
     for file in files:
@@ -176,10 +187,16 @@ def _files(folder: Path) -> list[TensorFile]:
             raise UserError(
                 f"{file.path} and {held[twice[0]]} both hold {few(twice)}: fetch or export the folder again."
             )
-        held |= dict.fromkeys(file.entries, file.path.name)
+        held |= dict.fromkeys(file.entries, file.path.relative_to(folder).as_posix())
     if differing := sorted(name for name in held.keys() | places.keys() if held.get(name) != places.get(name)):
         raise UserError(f"{index} and the files it lists disagree about {few(differing)}: fetch or export it again.")
     return files
+
+
+def _require_inside(names: Iterable[str], where: Path) -> None:
+    """A folder from elsewhere has no say in what is read outside of it."""
+    if outside := [name for name in sorted(set(names)) if not name or name[0] == "/" or ".." in name.split("/")]:
+        raise UserError(f"{where} names {few(outside)!r}, and only files in its folder are read: fetch it again.")
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:

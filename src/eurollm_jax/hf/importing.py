@@ -16,9 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from eurollm_jax.corpus.folders import full_disk_is_named, new_folder, write_json
 from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
+from eurollm_jax.errors import UserError
 from eurollm_jax.experiment import encode, fingerprint
 from eurollm_jax.hf.export import GENERATION_NAME, Imported
-from eurollm_jax.hf.folder import HubFolder, read_object
+from eurollm_jax.hf.folder import HubFolder, few, read_object
 from eurollm_jax.hf.mapping import Index
 from eurollm_jax.hf.tokenizer import import_tokenizer
 from eurollm_jax.model.param import flatten
@@ -34,14 +35,22 @@ def import_folder(folder: Path, run: Path) -> HubFolder:
     """
     hub = HubFolder(folder)
     with full_disk_is_named(run, "nothing is left at that place; import again"), new_folder(run) as staged:
-        hashes = hub.hashes()
+        before, hashes = _states(hub), hub.hashes()
         tokenizer = import_tokenizer(folder, staged / "tokenizer")
         if tokenizer is not None:
             tokenizer.spare_rows(hub.config.vocab_size)
         shapes = {path: spec.shape for path, spec in flatten(specs(hub.config)).items()}
         write_checkpoint(staged / "checkpoints", 0, shapes, _shown(hub), {"row": 0, "seconds": 0.0, "tokens": []})
+        if changed := [path.name for path, state in _states(hub).items() if before.get(path) != state]:
+            raise UserError(f"{folder}: {few(changed)} changed while it was read: import again.")
         write_json(staged / "experiment.json", _record(hub, run.name, hashes, tokenizer))
     return hub
+
+
+def _states(hub: HubFolder) -> dict[Path, tuple[int, int]]:
+    """Size and time of each file of weights."""
+    paths = {file.path for file in hub.files.values()}
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def imported_of(record: dict[str, Any]) -> Imported | None:

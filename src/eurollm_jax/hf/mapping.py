@@ -75,9 +75,6 @@ class Tensor:
         """Of our weight, for people."""
         return self.path + (f"[{', '.join(map(str, self.index))}]" if self.index else "")
 
-    def to_hf(self, ours: np.ndarray) -> np.ndarray:
-        return rearrange(ours, self.pattern, **self.sizes)
-
     def from_hf(self, theirs: np.ndarray, wanted: Sequence[slice] | None = None) -> np.ndarray:
         """Our part out of their tensor, or out of the piece of it that `their_slices(wanted)` cuts."""
         ours, there = self.pattern.split("->")

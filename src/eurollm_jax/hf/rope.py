@@ -30,11 +30,18 @@ def read_rope(fields: Fields, *, theta: float, fraction: float | None = None, sc
             f"rope_parameters are given by kind of layer ({', '.join(newer)}), and only one is supported"
         )
     older_theta, older_scaling = fields.real_or_none("rope_theta"), fields.take("rope_scaling", None)
-    plain = Rope(older_theta or theta, None, fields.real_or_none("partial_rotary_factor") or fraction or 1.0)
+    outer_fraction = fields.real_or_none("partial_rotary_factor")
+    plain = Rope(older_theta or theta, None, outer_fraction or fraction or 1.0)
     older = plain if fields.null("rope_scaling") else replace(plain, scaling=scaling)
     if older_scaling is not None:
         older = _rope(fields, older_scaling, "rope_scaling", plain)
+        if older.theta != plain.theta:
+            raise fields.error(
+                f"rope_theta {plain.theta}{'' if older_theta else ' (as it is left out)'} and rope_scaling.rope_theta "
+                f"{older.theta} disagree, so readers would compute different models: correct one"
+            )
     rope = older if newer is None else _rope(fields, newer, "rope_parameters", plain)
+    _agrees_outside(fields, rope, outer_fraction)
     if fraction is None and rope.fraction != 1:
         raise fields.error(f"partial_rotary_factor is {rope.fraction}, and this architecture turns all of a head")
     if newer is None:
@@ -52,14 +59,35 @@ def read_rope(fields: Fields, *, theta: float, fraction: float | None = None, sc
     return rope
 
 
+def _agrees_outside(fields: Fields, rope: Rope, fraction: float | None) -> None:
+    """Refuses what the file says a second time, outside of the objects, where it differs."""
+    if fraction not in (None, rope.fraction):
+        raise fields.error(
+            f"partial_rotary_factor is {fraction}, and {rope.fraction} beside the rotary base, so readers would "
+            "compute different models: correct one"
+        )
+    original = fields.take("original_max_position_embeddings", None)
+    scaled = getattr(rope.scaling, "original_positions", original)
+    if original != scaled and original is not None:
+        raise fields.error(
+            f"original_max_position_embeddings is {original!r}, and {scaled} in the scaling, so readers would compute "
+            "different models: correct one"
+        )
+
+
 def write_rope(rope: Rope) -> dict[str, Any]:
     """The fields of both schemas."""
     scaling = _scaling(rope)
     fraction = {} if rope.fraction == 1.0 else {"partial_rotary_factor": rope.fraction}
+    # llama.cpp's converter looks for it here alone, and takes 8192 where it is not (conversion/llama.py, 2026)
+    outside = {}
+    if isinstance(rope.scaling, Llama3Scaling):
+        outside = {"original_max_position_embeddings": rope.scaling.original_positions}
     return {
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
         **fraction,
+        **outside,
         "rope_parameters": rope_parameters(rope),
     }
 

@@ -48,10 +48,10 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 size = os.fstat(file.fileno()).st_size
                 if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-                    raise ValueError("it has no header")
+                    raise ValueError("it has no header; is it a pointer of Git LFS?")
                 header = json.loads(file.read(length), object_pairs_hook=_object)
                 self.entries = _entries(header, 8 + length, size)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"{path} is missing: fetch or export the folder again.") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): fetch or export it again.") from None

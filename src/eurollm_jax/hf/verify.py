@@ -111,7 +111,7 @@ def verify(
             theirs = [] if tokenizer is None else _their_tokenizers(transformers, folder, tokenizer)
         except Exception as error:  # whatever it is, the folder is not what transformers reads
             return [*rows, Row("transformers loads it", f"{type(error).__name__}: {error}", "no error", False)]
-    model.generation_config = transformers.GenerationConfig()  # no end mark, no penalties: what is likeliest, and no more
+    model.generation_config = transformers.GenerationConfig()  # what is likeliest: no end mark, no penalties
     faults = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
     rows.append(Row("transformers loads it", "; ".join(faults) or "every tensor used", "every tensor used", not faults))
 

@@ -36,7 +36,7 @@ class Llama3Scaling:
 class YarnScaling:
     """Like Llama 3's, but blended along the dimensions (Peng et al. 2023, arXiv:2309.00071).
 
-    Queries and keys grow, too: `attention_factor` multiplies cosine and sine; None takes the paper's 0.1 ln(factor) + 1.
+    Queries and keys grow, too: `attention_factor` multiplies cosine and sine; None takes 0.1 ln(factor) + 1.
     """
 
     factor: float
@@ -173,6 +173,11 @@ class TransformerConfig:
                     f"rotary positions turn pairs, and fraction={kind.rope.fraction} of head_dim={self.head_dim} is "
                     f"{turned} dimensions: choose an even number of them",
                 )
+                if isinstance(scaling := kind.rope.scaling, Llama3Scaling):
+                    _require(
+                        scaling.low_frequency < scaling.high_frequency,
+                        f"low_frequency={scaling.low_frequency} must be below high_frequency={scaling.high_frequency}",
+                    )
         for name in ("attention_scale", "attention_cap", "logit_cap", "embedding_scale"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name}={value} must be above 0")

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
 
 def moe_specs(width: int, moe: MoE, residual: float) -> Specs:
     """The weights of one layer's router and experts; `residual` scales the start of what the layer adds."""
-    experts = dict(experts=moe.experts)
+    experts: dict[str, Any] = dict(experts=moe.experts)
     tree: dict[str, Param | Specs] = dict(
         router=Param(embed=width, experts=moe.experts, fan_in="embed"),
         experts=dict(
@@ -46,7 +46,7 @@ def moe_specs(width: int, moe: MoE, residual: float) -> Specs:
         ),
     )
     if isinstance(moe.balance, BalanceBias):
-        tree["router_bias"] = Param(**experts, start=0.0)
+        tree["router_bias"] = Param(experts=moe.experts, start=0.0)
     if moe.shared:
         tree["shared"] = dict(
             gate=Param(embed=width, mlp=moe.shared, fan_in="embed"),
@@ -110,7 +110,7 @@ def route(
 
 def _shares(scores: Array) -> Array:
     """Of their sum, which sigmoids can bring to zero."""
-    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-12)
 
 
 def auxiliary_loss(routing: Routing, moe: MoE) -> Float[Array, ""]:
@@ -161,8 +161,8 @@ def _experts(
 def _places(expert: Int[Array, "A"], experts: int) -> tuple[Int[Array, "A"], Int[Array, "M"], int]:
     """The row of each assignment, the expert of each block of rows, and the size of a block.
 
-    Rows are in the order of the experts. Each expert has whole blocks: the rows that it does not fill stay empty, and so
-    do the blocks at the end that no expert needs.
+    Rows are in the order of the experts. Each expert has whole blocks: the rows that it does not fill stay empty, and
+    so do the blocks at the end that no expert needs.
     """
     block = _block_size(len(expert), experts)
     busy = min(experts, len(expert))  # experts that can have an assignment
@@ -178,7 +178,7 @@ def _places(expert: Int[Array, "A"], experts: int) -> tuple[Int[Array, "A"], Int
 
 
 def _block_size(assignments: int, experts: int) -> int:
-    """A power of two of at most a quarter of an expert's even share, so that a fifth of the rows at most are empty."""
+    """A power of two of at most a quarter of an expert's even share, so that of many rows a fifth at most are empty."""
     quarter = assignments // (4 * experts)
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << max(quarter, 1).bit_length() - 1))
 

@@ -329,7 +329,8 @@ def extend(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Reads T more tokens, of which the first `valid` of each row are meant, and returns their hidden states.
 
-    Keys and values of the tokens past `valid` are written too, and overwritten before anything sees them.
+    Keys and values of the tokens past `valid` are written too, and overwritten before anything sees them: the cache has
+    room for all T.
     """
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     places = jnp.arange(cache.keys.shape[2])

@@ -5,10 +5,10 @@ one line per file in the format that `sha256sum --check` reads. The callback tha
 a save are in place and the rename is still to come: it is committed with them (a test guards that order).
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from eurollm_jax.corpus.folders import new_folder
+from eurollm_jax.corpus.folders import file_sha256, new_folder
 from eurollm_jax.errors import UserError
 from eurollm_jax.training.weights import (
     STATE,
@@ -221,12 +221,16 @@ def faults(checkpoint: Path) -> list[str]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (MANIFEST, OF_ORBAX):
-            with suppress(FileNotFoundError), path.open("rb") as file:  # a run that trains removes old ones
-                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, OF_ORBAX)]
+
+    def digest(path: Path) -> str | None:
+        with suppress(FileNotFoundError):  # a run that trains removes old ones
+            return file_sha256(path)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = zip(paths, pool.map(digest, paths), strict=True)
+        return {path.relative_to(folder).as_posix(): content for path, content in found if content is not None}
 
 
 def _seal(unfinished: Path) -> None:

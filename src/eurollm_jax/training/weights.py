@@ -182,7 +182,8 @@ class PieceHandler(ocp.type_handlers.NumpyHandler):
                     described = ocp.type_handlers.get_json_tspec_write(
                         info, True, value.shape, cut, value.dtype, process_index=0, arg=chunks
                     )
-                    stores[name] = await ts.open(ts.Spec(described), create=True, open=True, context=info.ts_context)
+                    opening = ts.open(ts.Spec(described), create=True, open=True, context=info.ts_context)
+                    stores[name] = await _done(opening)
                 content = np.asarray(piece, value.dtype)
                 write = stores[name][index].write(content, can_reference_source_data_indefinitely=True)
                 in_flight.append((write, content.nbytes))
@@ -197,14 +198,14 @@ class PieceHandler(ocp.type_handlers.NumpyHandler):
             raise
         for name, (value, _) in leaves.items():
             if (came := sum(seen[name].values())) != prod(value.shape):
-                raise ValueError(f"{name}: pieces with {came} of {prod(value.shape)} numbers came.")
+                raise ValueError(f"{name}: pieces came of {came} of its {prod(value.shape)} numbers.")
         return []
 
 
-async def _done(write: Any) -> None:
+async def _done(work: Any) -> Any:
     """tensorstore raises ValueError where the system refused to write; the number of that error is in its message."""
     try:
-        await write
+        return await work
     except ValueError as error:
         if found := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error

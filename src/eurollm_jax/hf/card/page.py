@@ -54,16 +54,14 @@ def model_card(
     dtype: str,
     sources_of_weights: str,
     license: str | None,
-    verification: str | None = None,
     step: int | None = None,
     base_model: str | None = None,
 ) -> str:
     """README.md of an export of the run directory `run`, in the form of the Hugging Face hub.
 
     `sources_of_weights` says which weights these are ("step 2000"), `step` up to which step of the training they have
-    seen data (None: the last that is recorded), `verification` how the export was checked, `base_model` the hub's name
-    of the model that training or import began with. Raises UserError where `run` is no run directory or a file in it is
-    malformed.
+    seen data (None: the last that is recorded), `base_model` the hub's name of the model that training or import began
+    with. Raises UserError where `run` is no run directory or a file in it is malformed.
     """
     record = read_record(run)
     weights = f"{cell(sources_of_weights)}, stored in {cell(dtype)}"
@@ -78,7 +76,7 @@ def model_card(
             USE,
             _origin(record, base_model),
             "## Limitations\n\nThose of the model that was imported. Nothing of it was measured here.",
-            _verification(verification),
+            VERIFICATION,
             _license(license),
         ]
     else:
@@ -98,7 +96,7 @@ def model_card(
             evaluation_section(read.evaluation, sources_of_weights),
             licence_section(read.plan),
             limitations_section(read, config, consumed),
-            _verification(verification),
+            VERIFICATION,
             provenance_section(read, record),
             _license(license),
         ]
@@ -156,7 +154,8 @@ def _introduction(run: Run, config: TransformerConfig, consumed: Consumed | None
     if consumed is not None:
         many = f"{len(languages)} language{'s' if len(languages) != 1 else ''}"
         read = f"in this run it has read {count(consumed.all_tokens)} tokens of text in {many}"
-    said = f"A base language model of {count(parameters(config).total)} parameters; {read}."
+    kind = "language model" if run.experiment.experiment.get("start_from") else "base language model"
+    said = f"A {kind} of {count(parameters(config).total)} parameters; {read}."
     question = next((words for kind, words in paragraphs(run.experiment.docstring) if kind == "p"), None)
     if question is not None:
         said += f" It was made for the experiment `{run.experiment.name}`:\n\n> {cell(question)}"
@@ -181,6 +180,12 @@ print(write("The", max_new_tokens=50)[0]["generated_text"])
 ```"""
 
 
+VERIFICATION = """## Verification
+
+`sha256sum --check SHA256SUMS` says whether these files are those that were written. Who has the run compares weights,
+logits, continuations and the tokenizer's ids with `eurollm hf verify`."""
+
+
 def _origin(record: Mapping[str, Any], base_model: str | None) -> str:
     """Where an imported model came from, and the hashes of the files it lay in. The folder's path stays private."""
     origin = record["imported"]
@@ -197,11 +202,6 @@ def _origin(record: Mapping[str, Any], base_model: str | None) -> str:
     }
     hashes = ((cell(file), f"`{digest}`") for file, digest in sorted(origin["sha256"].items()))
     return f"## Origin\n\n{facts(rows)}\n\n{table({'File': 'left', 'SHA-256': 'left'}, hashes)}"
-
-
-def _verification(verification: str | None) -> str:
-    unknown = f"Whether this folder was compared with the model in the run is {NOT_RECORDED} here."
-    return f"## Verification\n\n{unknown if verification is None else cell(verification)}"
 
 
 def _license(license: str | None) -> str:

@@ -36,8 +36,10 @@ def recipe_section(run: Run, consumed: Consumed | None) -> str:
         "z-loss": _known(experiment.get("z_loss")),
         "Seeds": f"{_known(experiment.get('seed'))} (weights), {_known(data.get('seed'))} (order of the data)",
     }
+    if experiment.get("start_from"):
+        rows["Seeds"] = f"{_known(data.get('seed'))} (order of the data)"
     if experiment.get("ema") is not None:
-        rows["Moving average of the parameters"] = cell(experiment["ema"])
+        rows["Moving average of the parameters"] = f"kept beside them, decay {cell(experiment['ema'])} at each step"
     return f"## Training\n\n{facts(rows)}"
 
 
@@ -103,11 +105,13 @@ def evaluation_section(evaluation: Evaluation | None, sources_of_weights: str) -
     )
     columns = {"Language": "left", "Held-out bytes": "right", "Bits per byte": "right", "xz": "right"}
     won = evaluation.beats_xz
+    same = sources_of_weights == f"step {evaluation.step}"
+    which = "which are these" if same else f"and not with these, which are: {cell(sources_of_weights)}"
     return "\n\n".join(
         [
             title,
-            f"On held-out text, with the parameters after step {evaluation.step:,} in the precision of training; the "
-            f"weights here are: {cell(sources_of_weights)}. Mean over the languages: {bits(evaluation.macro)} bits per "
+            f"On held-out text, with the parameters after step {evaluation.step:,} in the precision of training, "
+            f"{which}. Mean over the languages: {bits(evaluation.macro)} bits per "
             f"byte; fewer is better. The model needs fewer bits than `xz` in {won.all} of {won.all_total} languages.",
             table({**columns, "Order 0": "right", "Saved against xz": "right"}, rows),
             f"{evaluation.definition} Compare a language with its own baselines and not with another language: a "
@@ -119,15 +123,19 @@ def evaluation_section(evaluation: Evaluation | None, sources_of_weights: str) -
 
 def limitations_section(run: Run, config: TransformerConfig, consumed: Consumed | None) -> str:
     total = count_weights(specs(config))
+    began = run.experiment.experiment.get("start_from")
     lines = [
-        "A base model: it continues text. It was not trained to follow instructions, to converse, to decline or to "
-        "tell the truth, and nothing filters what it writes."
+        "Trained here to continue text, and nothing filters what it writes. What the parameters that it began with had "
+        "been trained to do, such as to follow instructions, may have been lost."
+        if began
+        else "A base model: it continues text. It was not trained to follow instructions, to converse, to decline or "
+        "to tell the truth, and nothing filters what it writes."
     ]
     if total < SMALL:
         lines.append(f"Small: with {count(total)} parameters it is for research, and no source of facts.")
     if consumed is not None:
         tokens = consumed.all_tokens
-        if tokens < COMPUTE_OPTIMAL * total and not run.experiment.experiment.get("start_from"):
+        if tokens < COMPUTE_OPTIMAL * total and not began:
             lines.append(
                 f"Trained briefly: {tokens / total:.2g} tokens for each parameter, where about {COMPUTE_OPTIMAL} make "
                 "the best of a training budget (Hoffmann et al. 2022, arXiv:2203.15556)."
@@ -149,14 +157,14 @@ def provenance_section(run: Run, record: Mapping[str, Any]) -> str:
     experiment, restarts = run.experiment, _restarts(run)
     hashes = record["identity"].get("inputs", {})
     names = {"store": "training data", "heldout": "held-out data", "tokenizer": "tokenizer"}
-    names["start"] = "parameters that it began with"
+    names["start"] = "checkpoint that it began with"
     code = _one_after_another(experiment.code or "", [restart.get("code") for restart in restarts])
     versions = [_versions(restart["versions"]) for restart in restarts if "versions" in restart]
     rows = {
         "Experiment": cell(experiment.name),
         "Begun": cell(experiment.created),
         "Fingerprint of the experiment": f"`{experiment.fingerprint}`",
-        **{f"SHA-256 of the {names.get(key, cell(key))}": f"`{digest}`" for key, digest in hashes.items()},
+        **{f"Fingerprint of the {names.get(key, cell(key))}": f"`{digest}`" for key, digest in hashes.items()},
         "Commit of the code": cell(code.removeprefix("; then ")) or NOT_RECORDED,
         "Versions": cell(_one_after_another(_versions(experiment.versions), [*versions])),
     }

@@ -36,6 +36,8 @@ BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 def family_of_folder(raw: Mapping[str, Any], where: str) -> Family:
     """The family that a config.json names. Raises UserError where it is none of ours, or two names disagree."""
     named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{where}: architectures is {named!r}, and must be a list of names.")
     by_type = [family for family in FAMILIES if family.model_type == raw.get("model_type")]
     found = [BY_ARCHITECTURE[name] for name in named if name in BY_ARCHITECTURE] or ([] if named else by_type)
     if not found:

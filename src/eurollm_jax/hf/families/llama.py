@@ -48,13 +48,15 @@ def _read_llama(fields: Fields) -> TransformerConfig:
     width_over_heads(fields)
     fields.only("rope_interleaved", False)
     fields.ignore("is_llama_config")  # which SmolLM's files hold beside it
+    tied = fields.flag("tie_word_embeddings", False)
+    fields.only("untie_embeddings_and_output_weights", not tied)  # the same in Viking's files, by Megatron's name
     return TransformerConfig(
         **read_sizes(fields, max_positions=2048),
         mlp=read_gated(fields, bias=fields.flag("mlp_bias", False)),
         pattern=(Attention(rope=read_rope(fields, theta=1e4)),),
         norm=Norm(eps=fields.real("rms_norm_eps", 1e-6)),
         attention_bias="all" if fields.flag("attention_bias", False) else "none",
-        tied=fields.flag("tie_word_embeddings", False),
+        tied=tied,
     )
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Qwen3-MoE and GLM-4-MoE. In the files each expert's matrices are tensors of their own."""
+"""Mixtures of experts: Mixtral, Qwen3-MoE, GLM-4-MoE. In the files each expert's matrices are tensors of their own."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ from eurollm_jax.hf.families.family import Family, read_activation, read_sizes, 
 from eurollm_jax.hf.families.llama import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, PRE_NORMS
 from eurollm_jax.hf.families.qwen import HEAD_NORMS
 from eurollm_jax.hf.fields import Fields
-from eurollm_jax.hf.mapping import Table
 from eurollm_jax.hf.rope import read_rope, write_rope
 from eurollm_jax.model.config import Attention, BalanceBias, BalanceLoss, MoE, Norm, Rope, TransformerConfig
 
 
-def _gated(path: str, module: str, gate: str, up: str, down: str) -> Table:
+def _gated(path: str, module: str, gate: str, up: str, down: str) -> dict[str, tuple[str, str]]:
     return {
         f"{path}/gate": (f"{module}.{gate}.weight", "embed mlp -> mlp embed"),
         f"{path}/up": (f"{module}.{up}.weight", "embed mlp -> mlp embed"),

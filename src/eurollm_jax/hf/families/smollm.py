@@ -19,6 +19,7 @@ from eurollm_jax.model.config import Attention, Norm, Rope, TransformerConfig
 
 
 def _read(fields: Fields) -> TransformerConfig:
+    fields.ignore("max_window_layers")  # in its published file, and read by nobody
     return TransformerConfig(
         **read_sizes(fields, max_positions=32_768, kv_heads=4),
         mlp=read_gated(fields, bias=fields.flag("mlp_bias", False)),

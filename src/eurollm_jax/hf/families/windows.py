@@ -9,7 +9,7 @@ from typing import Any
 from eurollm_jax.hf.families.family import layer_types, shortest_pattern
 from eurollm_jax.hf.fields import Fields
 from eurollm_jax.hf.rope import read_rope, rope_parameters, write_rope
-from eurollm_jax.model.config import Attention, Rope, TransformerConfig
+from eurollm_jax.model.config import Attention, Rope, TransformerConfig, YarnScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW = 4096  # where it is left out
@@ -57,6 +57,11 @@ def read_ropes(
             f"rope_parameters.{SLIDING} is {newer[SLIDING]!r}, and in the older schema layers with a window have no "
             "scaling, so readers would compute different models"
         )
+    if isinstance(full.scaling, YarnScaling) and not full.scaling.truncate:
+        raise fields.error(
+            "truncate is false in the scaling of layers without a window, where version 4 of transformers heeds it and "
+            "version 5 does not: set it to true"
+        )
     return full, sliding
 
 
@@ -65,7 +70,9 @@ def write_ropes(config: TransformerConfig, *, theta: float, sliding_theta: float
     full = _first(config, windowed=False) or Rope(theta)
     sliding = _first(config, windowed=True) or Rope(sliding_theta)
     newer = {FULL: rope_parameters(full), SLIDING: rope_parameters(sliding)}
-    return {**write_rope(full), "rope_parameters": newer}
+    older = write_rope(full)
+    older.pop("original_max_position_embeddings", None)  # vLLM would put it among the kinds of layers
+    return {**older, "rope_parameters": newer}
 
 
 def _first(config: TransformerConfig, *, windowed: bool) -> Rope | None:

@@ -99,10 +99,10 @@ def test_import_and_export_give_every_tensor_back_byte_for_byte(dtype, call, tok
     status, said = call("import", folder, tmp_path / "run")
     assert status == 0
     parameters = sum(value.size for value in tensors_of(folder).values())
-    assert said.out == f"{tmp_path / 'run'}: LlamaForCausalLM, {parameters:,} parameters in {dtype}\n"
+    assert said.out.startswith(f"{tmp_path / 'run'}: LlamaForCausalLM, {parameters:,} parameters in {dtype}\n")
     status, said = call("export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "50KB", "--verify")
     assert status == 0, said.out
-    assert said.out.startswith(f"{tmp_path / 'out'}: written (step 0, {dtype})\n")
+    assert said.out.startswith(f"{tmp_path / 'out'}: written (as imported, {dtype})\n")
 
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()

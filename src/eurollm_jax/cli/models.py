@@ -111,7 +111,7 @@ def _export(arguments: argparse.Namespace) -> int:
     imported = imported_of(record)
     dtype = arguments.dtype or (imported.dtype if imported else "bfloat16")
     weights, described, step = _weights(arguments)
-    if imported:
+    if imported and arguments.average_last is None:
         described = "as imported"
     card = model_card(
         arguments.run,

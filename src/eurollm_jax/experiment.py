@@ -138,6 +138,11 @@ def claim_run(experiment: Experiment, docstring: str, inputs: Mapping[str, str],
     run, mine = experiment.run, identity(experiment, inputs)
     record_path = run / "experiment.json"
     if record_path.exists():
+        if read_record(run).get("imported"):
+            raise UserError(
+                f"{run} holds a model that was imported: give this experiment another name "
+                f"(it begins with that model where start_from={str(run)!r})."
+            )
         if differing := differences(read_record(run)["identity"], mine):
             raise UserError(
                 f"{run} holds another experiment ({'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}): "
@@ -190,7 +195,9 @@ def read_record(run: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{run} is not a run directory (no experiment.json): train an experiment first.") from None
+        raise UserError(
+            f"{run} is not a run directory (no experiment.json): train an experiment, or import a model, first."
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}): restore it from a backup.") from None
     if not isinstance(record, dict) or not {"identity", "experiment"} <= record.keys():

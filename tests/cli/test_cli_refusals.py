@@ -231,7 +231,7 @@ def test_what_an_imported_run_has_not_is_said(call, refusal, imported, tmp_path)
         (("--ema",), "holds no moving average of the weights"),
         (("--average-last", 2), "too few for an average of the last 2"),
         (("--chat-template", tmp_path / "none.jinja"), "none.jinja does not exist"),
-        (("--architecture", "Qwen3ForCausalLM"), "Qwen3ForCausalLM cannot say its qk_norm"),
+        (("--architecture", "Qwen3ForCausalLM"), "Qwen3ForCausalLM cannot say this model's qk_norm"),
     ):
         assert why in refusal(tmp_path, "export", imported, tmp_path / "out", *options)
 

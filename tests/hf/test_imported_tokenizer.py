@@ -91,7 +91,7 @@ def test_weights_may_come_without_a_tokenizer_and_it_is_said(tmp_path, caplog):
     (tmp_path / "model").mkdir()
     with caplog.at_level(logging.WARNING):
         assert import_tokenizer(tmp_path / "model", tmp_path / "run") is None
-    assert "there is no tokenizer at" in caplog.text
+    assert "put the model's tokenizer.json and tokenizer_config.json there" in caplog.text
     assert not (tmp_path / "run").exists()
     (tmp_path / "model" / "tokenizer.model").write_bytes(b"of another kind")
     with caplog.at_level(logging.WARNING):

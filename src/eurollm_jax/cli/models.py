@@ -141,17 +141,18 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    _, config, tokenizer = recorded_run(arguments.run)
-    return _compared(arguments.folder, arguments.run, _weights(arguments)[0], config, tokenizer)
+    record, config, tokenizer = recorded_run(arguments.run)
+    hashes = (record.get("imported") or {}).get("sha256")
+    return _compared(arguments.folder, arguments.run, _weights(arguments)[0], config, tokenizer, hashes)
 
 
-def _compared(folder: Path, run: Path, weights: Any, config: Any, tokenizer: Any) -> int:
+def _compared(folder: Path, run: Path, weights: Any, config: Any, tokenizer: Any, hashes: Any = None) -> int:
     """Prints the comparison; the exit status says whether all agrees."""
     from eurollm_jax.hf.verify import TEXTS, verify, verify_table
 
     samples = run / "samples.json"
     prompts = [sample["prompt"] for sample in json.loads(samples.read_text())] if samples.is_file() else []
-    rows = verify(folder, weights, config, tokenizer, texts=[*prompts, *TEXTS])
+    rows = verify(folder, weights, config, tokenizer, texts=[*prompts, *TEXTS], recorded=hashes)
     Console().print(verify_table(rows))
     return 0 if all(row.ok for row in rows) else 1
 

@@ -120,7 +120,7 @@ def evaluation(heldout: HeldOut, sums: SourceSums, tokenizer: Tokenizer, step: i
     official = [figures for figures in languages.values() if figures["status"] == "official"]
     return {
         "step": step,
-        "definition": DEFINITION,
+        "definition": DEFINITION + _of_normal_form(tokenizer),
         "languages": languages,
         "beats_xz": {
             "official": sum(map(_beats_xz, official)),
@@ -129,6 +129,16 @@ def evaluation(heldout: HeldOut, sums: SourceSums, tokenizer: Tokenizer, step: i
             "all_total": len(languages),
         },
     }
+
+
+def _of_normal_form(tokenizer: Tokenizer) -> str:
+    """What a tokenizer that changes texts makes of the bytes."""
+    form = tokenizer.normal_form
+    return (
+        ""
+        if form is None
+        else f" The bytes are those of the text in {form}, which this tokenizer brings it into first."
+    )
 
 
 def _beats_xz(figures: Mapping[str, Any]) -> bool:

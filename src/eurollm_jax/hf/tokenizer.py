@@ -69,7 +69,12 @@ def import_tokenizer(folder: Path, out_dir: Path) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.load(folder)
     except UserError as error:
-        log.warning("NO TOKENIZER COMES WITH %s: %s", folder, error)
+        there = any((folder / name).is_file() for name in (JSON_NAME, MODEL_NAME))
+        log.warning(
+            "NO TOKENIZER COMES WITH %s: %s",
+            folder,
+            error if there else "put the model's tokenizer.json and tokenizer_config.json there to have one",
+        )
         return None
     tokenizer.save(out_dir)  # with the ids of its marks, which other files of the folder may tell
     return tokenizer

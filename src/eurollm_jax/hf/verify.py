@@ -6,7 +6,7 @@ part is compared rather than trusted.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,22 +72,28 @@ class Row:
 
 
 def verify(
-    folder: Path, weights: Weights, config: TransformerConfig, tokenizer: Tokenizer | None, *, texts: list[str]
+    folder: Path,
+    weights: Weights,
+    config: TransformerConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    texts: list[str],
+    recorded: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Compare the folder with the model that it should hold; the caller fails where a row is not ok.
 
     Checked are the hashes of the files, the configuration and the weights read back by us (equal to `weights` rounded
     to the folder's dtype), and then against transformers in float32: logits, the likeliest next token and the loss at
     each position of `texts` (their first 512 tokens), greedy continuations by both caches, and the ids of `texts` and
-    of odd strings. Without a tokenizer the ids are drawn at random. Needs torch and transformers; raises UserError
-    without them.
+    of odd strings. `recorded` are the hashes that an import took down, for a folder without a list of its own. Without
+    a tokenizer the ids are drawn at random. Needs torch and transformers; raises UserError without them.
     """
     if not texts:
         raise ValueError("no texts to compare the models on")
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that an export wrote.")
     torch, transformers = require_libraries()
-    rows = [_hashes(folder)]
+    rows = [_hashes(folder, recorded or {})]
     try:
         hub = HubFolder(folder)
         _, loaded = load(hub, _one_device())
@@ -188,13 +194,17 @@ def _encoded(tokenizer: Tokenizer | None, config: TransformerConfig, texts: list
     return [ids[:length] for ids in documents]
 
 
-def _hashes(folder: Path) -> Row:
-    recorded = recorded_hashes(folder) if (folder / HASHES_NAME).is_file() else {}
-    present = {file.name for file in folder.iterdir()} - {HASHES_NAME}
-    bad = sorted(present ^ recorded.keys())
+def _hashes(folder: Path, imported: Mapping[str, str]) -> Row:
+    """Of an export, all of its files and no others; of a folder that was imported, those that were read then."""
+    listed = (folder / HASHES_NAME).is_file()
+    if not listed and not imported:
+        return Row(f"files agree with {HASHES_NAME}", "there is no such list", "all", False)
+    recorded = recorded_hashes(folder) if listed else imported
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {HASHES_NAME}
+    bad = sorted(present ^ recorded.keys() if listed else recorded.keys() - present)
     bad += [name for name in sorted(present & recorded.keys()) if file_sha256(folder / name) != recorded[name]]
     said = f"differ: {', '.join(bad)}" if bad else f"{len(recorded)} files"
-    return Row(f"files agree with {HASHES_NAME}", said, "all", not bad)
+    return Row(f"files agree with {HASHES_NAME if listed else 'the import'}", said, "all", not bad)
 
 
 def _same_config(loaded: TransformerConfig, config: TransformerConfig) -> Row:

@@ -199,6 +199,7 @@ def write_checkpoint(
             handler.save(unfinished / name, args=content)
             handler.finalize(unfinished / name)
             handler.close()
+        (unfinished / OF_ORBAX).write_text("{}")  # Orbax warns at each restore where it is missing
         _seal(unfinished)
 
 

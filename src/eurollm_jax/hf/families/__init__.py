@@ -59,6 +59,11 @@ def family_for(config: TransformerConfig, architecture: str | None = None) -> Fa
     lacking = {family.architecture: family.lacks(config) for family in candidates}
     if found := next((name for name, lacks in lacking.items() if not lacks), None):
         return BY_ARCHITECTURE[found]
-    nearest = min(lacking, key=lambda name: len(lacking[name]))
-    known = "" if architecture else "no architecture of transformers that we know can say this model; "
-    raise UserError(f"{known}{nearest} cannot say its {', '.join(lacking[nearest])}: change the model.")
+    nearest = min(lacking, key=lambda name: (BY_ARCHITECTURE[name].mlp is not type(config.mlp), len(lacking[name])))
+    missing = ", ".join(lacking[nearest])
+    if architecture is not None:
+        raise UserError(f"{architecture} cannot say this model's {missing}: leave the architecture to be chosen.")
+    raise UserError(
+        f"no architecture of transformers that we know can say this model; the nearest, {nearest}, lacks its "
+        f"{missing}: change the model."
+    )

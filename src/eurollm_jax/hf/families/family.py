@@ -1,7 +1,7 @@
 """Family: all that sets one Hugging Face architecture apart, as a value. And what the families have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 from eurollm_jax.errors import UserError
@@ -52,9 +52,21 @@ class Family:
             said = canonical(self.config(self.write(config), self.architecture))
         except UserError as error:
             return [str(error)]
-        differing = [name for name in vars(wanted) if getattr(wanted, name) != getattr(said, name)]
+        differing = _differing(wanted, said)
         unnamed = [] if differing else sorted(flatten(specs(config)).keys() - self.table.keys())
         return differing + unnamed
+
+
+def _differing(wanted: Any, said: Any, under: str = "") -> list[str]:
+    """The names of the fields that differ; of options of one type, the names of theirs."""
+    names = []
+    for name, value in vars(wanted).items():
+        other = getattr(said, name)
+        if is_dataclass(value) and type(value) is type(other):
+            names += _differing(value, other, f"{under}{name}.")
+        elif value != other:
+            names.append(under + name)
+    return names
 
 
 def canonical(config: TransformerConfig) -> TransformerConfig:

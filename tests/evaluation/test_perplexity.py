@@ -44,7 +44,7 @@ def nats_one_by_one(params, config, stream, starts, layout):
     """Row by row: a token's context is what precedes it in its row and document; a document's first costs nothing."""
     total, ones, at = 0.0, np.ones((1, LENGTH), int), np.arange(LENGTH)[None]
     scores_of = jax.jit(
-        lambda params, inputs: logits(params, forward(params, inputs, ones, at, config, layout), config)[0]
+        lambda params, inputs: logits(params, forward(params, inputs, ones, at, config, layout)[0], config)[0]
     )
     for first in range(0, len(stream) - 1, LENGTH):
         row = stream[first : first + LENGTH + 1]

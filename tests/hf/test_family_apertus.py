@@ -173,7 +173,7 @@ def test_apertus_is_said_the_same_in_either_schema(scaling):
         ({"qk_norm": "none"}, "qk_norm"),
         ({"attention_bias": "qkv"}, "attention_bias"),
         ({"pattern": (Attention(window=8),)}, "pattern"),
-        ({"norm": Norm("both")}, "norm"),
+        ({"norm": Norm("both")}, "norm.place"),
     ],
 )
 def test_apertus_cannot_say_it(change, lacking):

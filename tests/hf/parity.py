@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 from safetensors.numpy import load_file
 
 from eurollm_jax.hf.folder import HubFolder
@@ -38,6 +39,15 @@ def random_model(model_class: Any, config: Any, *, seed: int = 0, std: float = 0
 def saved(model: Any, folder: Path, *, max_shard_size: str = "50KB") -> Path:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def random_folder(name: str, fields: dict[str, Any], folder: Path) -> tuple[Any, Path]:
+    """A random model of the class `name`ForCausalLM, and the folder of several shards that transformers writes."""
+    config = getattr(transformers, f"{name}Config")(**fields)
+    model = random_model(getattr(transformers, f"{name}ForCausalLM"), config)
+    saved(model, folder, max_shard_size="10KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return model, folder
 
 
 def one_device() -> Layout:
@@ -151,8 +161,6 @@ def assert_comes_back(hub: HubFolder, out: Path) -> None:
 
 def assert_trains(hub: HubFolder, out: Path) -> None:
     """One step on eight devices changes the weights, and transformers loads what is exported and computes it."""
-    import transformers
-
     from eurollm_jax.data.batch import Batch
     from eurollm_jax.training.optimizer import AdamW
     from eurollm_jax.training.step import build_program
@@ -232,3 +240,11 @@ def assert_config_comes_back(hub: HubFolder, *, without_effect: tuple[str, ...] 
         raw = {name: value for name, value in written.items() if name not in left_out}
         assert canonical(hub.family.config(raw)) == canonical(hub.config), f"without {left_out}"
         assert understood(raw) == wanted, f"without {left_out}"
+
+
+def assert_in_and_out(model: Any, folder: Path, out: Path, **config_options: Any) -> None:
+    """The whole way there and back: the same function, each tensor once and unchanged, the same configuration."""
+    hub = assert_same_function(model, folder)
+    assert_bijection(hub)
+    assert_comes_back(hub, out)
+    assert_config_comes_back(hub, **config_options)

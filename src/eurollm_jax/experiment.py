@@ -48,6 +48,10 @@ NOT_IDENTITY_OF_DATA = ("store", "workers", "removed")
 says which it has seen (`Data.require_same`)."""
 
 
+NOT_IDENTITY_OF_MODEL = ("remat", "attention_kernel")
+"""Of `model`, the same: how it is computed."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Inputs only: whatever follows from them is computed where it is needed."""
@@ -124,7 +128,8 @@ def identity(experiment: Experiment, inputs: Mapping[str, str]) -> dict[str, Any
     fields = {name: value for name, value in encode(experiment).items() if name not in NOT_IDENTITY}
     for name in NOT_IDENTITY_OF_DATA:
         del fields["data"][name]
-    del fields["model"]["remat"]
+    for name in NOT_IDENTITY_OF_MODEL:
+        del fields["model"][name]
     fields["batch_ramp"] = encode(experiment.batch_sizes.until(experiment.total_rows).changes)
     return {**fields, "inputs": dict(inputs)}
 

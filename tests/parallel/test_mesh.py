@@ -10,9 +10,9 @@ from eurollm_jax.parallel.mesh import Layout, MeshConfig
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), (1, 4, 2)),
+        (MeshConfig(), (1, 8, 1, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), (1, 2, 2, 1, 1, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), (1, 1, 4, 1, 1, 2)),
     ],
 )
 def test_the_axis_that_is_left_open_takes_what_is_left(config, shape):
@@ -45,5 +45,5 @@ def test_logical_axes_land_where_the_tables_say():
     sharding = layout.parameters(dict(q=Param(layers=3, embed=16, heads=4, head_dim=4, fan_in="embed")))["q"]
     assert sharding.spec == P(None, "fsdp", "tensor", None)
     placed = layout.place_rows(jax.numpy.zeros((8, 3)))
-    assert placed.sharding.spec == P(("data", "fsdp"))
+    assert placed.sharding.spec == P(("replica", "data", "fsdp", "expert"))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}

@@ -13,6 +13,7 @@ from eurollm_jax.errors import UserError
 
 type Dtype = Literal["float32", "bfloat16"]
 type Activation = Literal["silu", "gelu", "gelu_tanh"]
+type AttentionKernel = Literal["reference", "blockwise", "cudnn", "pallas"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class TransformerConfig:
     tied: bool = False  # the output head is the embedding, transposed
     compute: Dtype = "bfloat16"  # of activations and products; parameters are kept in float32
     remat: Literal["none", "dots", "full"] = "full"  # what a layer recomputes in the backward pass
+    attention_kernel: AttentionKernel | Literal["auto"] = "auto"  # how attention is computed, not what it is
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "max_positions"):

@@ -73,7 +73,7 @@ def cross_entropy(
     the head's gradient are in float32.
     """
     batch, length, _ = hidden.shape
-    at_once = LOGITS_AT_ONCE.get(layout.platform, LOGITS_AT_ONCE_ELSEWHERE)
+    at_once = LOGITS_AT_ONCE.get(layout.backend, LOGITS_AT_ONCE_ELSEWHERE)
     per_position = batch * head.shape[1] // (layout.ways("batch") * layout.ways("vocab"))
     chunks = -(-length * per_position // at_once)
     chunk = -(-length // min(chunks, length))

@@ -1,16 +1,20 @@
 """The device mesh, and the two tables that say where each logical axis of a parameter or an activation lives.
 
-Model code names logical axes only ("embed", "heads", "batch"). Here they meet the mesh axes:
+Model code names logical axes only ("embed", "heads", "batch"). Here they meet the mesh axes, from the slowest network
+to the fastest:
 
+    replica  copies of the model in parts of the machine that a slow network joins; each has its own rows
     data     copies of the model, each with its own rows
     fsdp     rows are split as over `data`, and so are parameters and optimizer state, gathered as they are used
+    expert   rows are split as over `data`; each device holds some of the experts, and is sent the tokens for them
+    context  each row is split along its sequence; keys and values are gathered for attention
     tensor   heads, the hidden axis of the MLP, and the vocabulary are split
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,8 +24,9 @@ from jaxtyping import Array
 from eurollm_jax.errors import UserError
 
 type MeshAxes = str | tuple[str, ...] | None
+type Backend = Literal["cpu", "cuda", "rocm"]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "tensor")
 
 PARAMETER_AXES: Mapping[str, MeshAxes] = {
     "layers": None,
@@ -30,13 +35,13 @@ PARAMETER_AXES: Mapping[str, MeshAxes] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "experts": None,
+    "experts": "expert",
     "slope": None,
     "vocab": "tensor",
 }
 ACTIVATION_AXES: Mapping[str, MeshAxes] = {
-    "batch": ("data", "fsdp"),
-    "sequence": None,
+    "batch": ("replica", "data", "fsdp", "expert"),
+    "sequence": "context",
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -50,14 +55,17 @@ ACTIVATION_AXES: Mapping[str, MeshAxes] = {
 class MeshConfig:
     """How many devices each mesh axis takes; -1 on one axis takes all that are left."""
 
+    replica: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all). Raises UserError where the numbers do not multiply to their count."""
         devices = jax.devices() if devices is None else devices
-        shape = [self.data, self.fsdp, self.tensor]
+        shape = [getattr(self, axis) for axis in MESH_AXES]
         sizes = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
             raise UserError(f"mesh {sizes}: each axis takes one device or more, and at most one axis may be -1.")
@@ -73,9 +81,13 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with the two tables: turns logical axes into shardings."""
+    """A mesh with the two tables: turns logical axes into shardings.
+
+    `lowered_for` names the backend that a program is made for where that is not the mesh's own.
+    """
 
     mesh: Mesh
+    lowered_for: Backend | None = None
 
     def parameter(self, axes: Sequence[str]) -> NamedSharding:
         return NamedSharding(self.mesh, _partition(axes, PARAMETER_AXES))
@@ -88,9 +100,11 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def platform(self) -> str:
-        """What the devices are: cpu, gpu."""
-        return self.mesh.devices.flat[0].platform
+    def backend(self) -> Backend:
+        """What the program runs on: kernels are chosen by it."""
+        device = self.mesh.devices.flat[0]
+        gpu: Backend = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+        return self.lowered_for or (gpu if device.platform == "gpu" else "cpu")
 
     @property
     def rows(self) -> NamedSharding:

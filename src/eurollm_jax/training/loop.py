@@ -113,7 +113,7 @@ def train(experiment: Experiment, docstring: str) -> Path:
     """Trains to the experiment's last step, going on from where its run directory stands; returns that directory."""
     inputs = open_inputs(experiment)
     layout = Layout(experiment.mesh.build())
-    if layout.platform == "cpu":
+    if layout.backend == "cpu":
         keep_freed_memory()
     weights = specs(experiment.model)
     program = build_program(

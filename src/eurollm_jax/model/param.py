@@ -26,7 +26,7 @@ class Param:
 
     Keyword order is dimension order; each keyword names a logical axis and gives its size. `fan_in` names the axes that
     a product with this weight sums over: the initial standard deviation is `scale / sqrt(product of their sizes)`.
-    Without it the weight is a gain or a bias: it starts at `start` everywhere and is not decayed.
+    Without it the weight is a gain or a bias: it starts at `start` everywhere.
     """
 
     axes: tuple[str, ...]
@@ -56,8 +56,14 @@ class Param:
         return math.prod(self.shape)
 
     @property
+    def embeds(self) -> bool:
+        """Whether it is a table of vectors that tokens are looked up in."""
+        return self.axes[0] == "vocab"
+
+    @property
     def decayed(self) -> bool:
-        return bool(self.fan_in)
+        """Whether weight decay applies: to matrices, not to gains, biases and embeddings, tied ones included."""
+        return bool(self.fan_in) and not self.embeds
 
     @property
     def std(self) -> float:
@@ -87,6 +93,14 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) 
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
+def owner(path: tuple[Any, ...], weights: Mapping[str, Any]) -> str | None:
+    """The weight, of a flat tree, that a leaf at some place of an optimizer's state belongs to: the one whose path its
+    own ends with."""
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    ends = ("/".join(keys[start:]) for start in range(len(keys)))
+    return next((end for end in ends if end in weights), None)
+
+
 def init(specs: Specs, key: PRNGKeyArray) -> Params:
     """Initial values, in float32. A weight's key follows from its path, so adding one never changes the others."""
 
@@ -104,7 +118,7 @@ def count(specs: Specs) -> int:
 
 
 def decay_mask(specs: Specs) -> dict[str, Any]:
-    """True where weight decay applies: to matrices, not to gains and biases."""
+    """True where weight decay applies."""
     return jax.tree.map(lambda spec: spec.decayed, specs)
 
 

@@ -92,9 +92,9 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest sound checkpoint, in the shapes, types and shardings of `abstract`."""
-        parts, progress = self._restore(_parts(abstract), partial=False)
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The newest sound checkpoint, or another one, in the shapes, types and shardings of `abstract`."""
+        parts, progress = self._restore(_parts(abstract), partial=False, step=step)
         return parts if isinstance(abstract, Mapping) else replace(abstract, **parts), progress
 
     def restore_params(self, abstract: Any, item: Item = "params") -> tuple[Any, dict[str, Any]]:
@@ -135,8 +135,11 @@ class Checkpoints:
         (unfinished,) = self.folder.glob(f"{self.latest}.orbax-checkpoint-tmp*")
         _seal(unfinished)
 
-    def _restore(self, abstract: Mapping[str, Any], *, partial: bool) -> tuple[Any, dict[str, Any]]:
-        step, restore_args = self._newest(), ocp.checkpoint_utils.construct_restore_args(abstract)
+    def _restore(
+        self, abstract: Mapping[str, Any], *, partial: bool, step: int | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        step = self._newest() if step is None else step
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=args, progress=ocp.args.JsonRestore()))
         return restored["state"], restored["progress"]

@@ -134,7 +134,8 @@ MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4), (1, 4, 2), (2, 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_each_device_gets_its_part(shape, weights, hub):
-    mesh = MeshConfig(*shape).build(jax.devices()[: int(np.prod(shape))])
+    axes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    mesh = MeshConfig(**axes).build(jax.devices()[: int(np.prod(shape))])
     layout = Layout(mesh)
     config, params = load(hub, layout)
     assert config == HubFolder(hub.folder).config
@@ -148,7 +149,7 @@ def test_each_device_gets_its_part(shape, weights, hub):
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused(hub):
     with pytest.raises(UserError, match="kv_heads 8 ways, and the model's kv_heads=4 does not divide by that"):
-        load(hub, Layout(MeshConfig(1, 1, 8).build()))
+        load(hub, Layout(MeshConfig(data=1, tensor=8).build()))
 
 
 def test_any_slices_of_a_weight_are_read_from_the_files(weights, hub):
@@ -172,7 +173,7 @@ def test_loading_reads_each_row_of_a_file_once_for_each_part(hub, monkeypatch):
         return value
 
     monkeypatch.setattr(TensorFile, "read", counted)
-    load(hub, Layout(MeshConfig(1, 1, 4).build(jax.devices()[:4])))
+    load(hub, Layout(MeshConfig(data=1, tensor=4).build(jax.devices()[:4])))
     split = [spec for spec in flatten(specs(CONFIG)).values() if {"heads", "kv_heads", "mlp", "vocab"} & set(spec.axes)]
     whole = [spec for spec in flatten(specs(CONFIG)).values() if spec not in split]
     assert sum(read) <= sum(spec.size for spec in split) + 4 * sum(spec.size for spec in whole)

@@ -76,6 +76,54 @@ def test_a_logit_cap_as_jax_differentiates_it(inputs, one_device, monkeypatch, c
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=4, tensor=2),
+        MeshConfig(data=1, tensor=8),
+        MeshConfig(replica=2, data=1, expert=2, context=2),
+        MeshConfig(data=1, fsdp=2, context=2, tensor=2),
+    ],
+    ids=str,
+)
+def test_eight_devices_with_a_part_of_the_vocabulary_each(mesh, monkeypatch):
+    """Against float64, with z-loss, cap and mask, where chunks divide no device's tokens."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", {"cpu": 60})
+    layout, cap, z_loss, shape = Layout(mesh.build()), 4.0, 0.1, (4, 6)
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(*shape, 8)), rng.normal(size=(8, 48))
+    targets, mask = rng.integers(0, 48, shape), rng.random(shape) < 0.7
+
+    capped = cap * np.tanh(hidden @ head / cap)
+    log_z = np.log(np.exp(capped).sum(-1))
+    nats = np.where(mask, log_z - np.take_along_axis(capped, targets[..., None], -1)[..., 0], 0)
+    p = np.exp(capped - log_z[..., None])
+    slope = (p * (1 + 2 * z_loss * log_z[..., None]) - np.eye(48)[targets]) * mask[..., None]
+    slope *= 1 - (capped / cap) ** 2
+
+    def scaled(hidden, head):
+        total, nats = cross_entropy(hidden, head, targets, mask, z_loss=z_loss, layout=layout, cap=cap)
+        return 3.0 * total, (total, nats)
+
+    at = layout.rows, layout.parameter(("embed", "vocab"))
+    gradient = jax.jit(jax.grad(scaled, argnums=(0, 1), has_aux=True), in_shardings=at)
+    (d_hidden, d_head), (total, found) = gradient(hidden.astype(np.float32), head.astype(np.float32))
+    np.testing.assert_allclose(total, nats.sum() + z_loss * (log_z**2 * mask).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found, nats, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(d_hidden, 3 * slope @ head.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(d_head, 3 * np.einsum("btd,btv->dv", hidden, slope), rtol=1e-4, atol=1e-4)
+    assert d_head.sharding.is_equivalent_to(at[1], 2)
+
+
+def test_a_target_beyond_the_vocabulary_is_no_number(inputs, one_device):
+    hidden, head, targets, mask = inputs
+    hidden, head, mask = hidden.astype(np.float32), head.astype(np.float32), np.ones_like(mask)
+    targets[0, 0] = V
+    total, nats = cross_entropy(hidden, head, targets, mask, z_loss=0.0, layout=one_device)
+    assert np.isnan(total)
+    assert np.isnan(nats).sum() == 1
+
+
 def test_logits_of_the_whole_batch_are_never_held(one_device):
     """In the compiled program, temporaries stay far below the logits of all positions."""
     batch, length, width, vocab = 8, 1024, 16, 65_536

@@ -8,13 +8,14 @@ to the fastest:
     fsdp     rows are split as over `data`, and so are parameters and optimizer state, gathered as they are used
     expert   rows are split as over `data`; each device holds some of the experts, and is sent the tokens for them
     context  each row is split along its sequence; keys and values are gathered for attention
-    tensor   heads, the hidden axis of the MLP, and the vocabulary are split
+    tensor   heads, the hidden axis of the MLP, and the vocabulary are split; between the halves of a layer, where norms
+             and sums are, the sequence is split instead (Korthikanti et al. 2022, arXiv:2205.05198)
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -42,6 +43,7 @@ PARAMETER_AXES: Mapping[str, MeshAxes] = {
 ACTIVATION_AXES: Mapping[str, MeshAxes] = {
     "batch": ("replica", "data", "fsdp", "expert"),
     "sequence": "context",
+    "residual_sequence": ("context", "tensor"),
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -49,6 +51,8 @@ ACTIVATION_AXES: Mapping[str, MeshAxes] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
+
+SEQUENCES = ("sequence", "residual_sequence")
 
 
 @dataclass(frozen=True)
@@ -66,34 +70,71 @@ class MeshConfig:
         """The mesh over `devices` (default: all). Raises UserError where the numbers do not multiply to their count."""
         devices = jax.devices() if devices is None else devices
         shape = [getattr(self, axis) for axis in MESH_AXES]
-        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+        sizes = _described(shape)
         if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
             raise UserError(f"mesh {sizes}: each axis takes one device or more, and at most one axis may be -1.")
         known = math.prod(size for size in shape if size != -1)
         if len(devices) % known or (-1 not in shape and known != len(devices)):
             raise UserError(
                 f"mesh {sizes} needs {'a multiple of ' if -1 in shape else ''}{known} devices, "
-                f"and there are {len(devices)}: change the mesh or the number of devices."
+                f"and there are {len(devices)}: change the number of devices, or take "
+                f"{' or '.join(_described(near) for near in _nearest(shape, len(devices)))}."
             )
         shape = [len(devices) // known if size == -1 else size for size in shape]
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _described(shape: Sequence[int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+
+
+def _nearest(shape: Sequence[int], devices: int, count: int = 2) -> list[tuple[int, ...]]:
+    """The meshes of so many devices whose sizes differ by the smallest factors from those asked for (-1: from none)."""
+    meshes: list[tuple[int, ...]] = [()]
+    for _ in shape[1:]:
+        meshes = [(*some, size) for some in meshes for size in _divisors(devices // math.prod(some))]
+    meshes = [(*some, devices // math.prod(some)) for some in meshes]
+
+    def distance(mesh: tuple[int, ...]) -> float:
+        pairs = zip(mesh, shape, strict=True)
+        return round(sum(abs(math.log(size / wanted)) for size, wanted in pairs if wanted != -1), 9)
+
+    return sorted(meshes, key=distance)[:count]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 @dataclass(frozen=True)
 class Layout:
     """A mesh with the two tables: turns logical axes into shardings.
 
-    `lowered_for` names the backend that a program is made for where that is not the mesh's own.
+    `lowered_for` names the backend that a program is made for where that is not the mesh's own. `whole` is the mesh
+    with its devices, where `mesh` is a view of it from inside a `shard_map`.
     """
 
     mesh: Mesh
     lowered_for: Backend | None = None
+    whole: Mesh | None = None
+
+    def inside(self) -> "Layout":
+        """The same for arrays inside a `shard_map` over some of the axes: split along the others alone."""
+        return Layout(cast(Mesh, jax.sharding.get_abstract_mesh()), self.lowered_for, self.whole or self.mesh)
 
     def parameter(self, axes: Sequence[str]) -> NamedSharding:
         return NamedSharding(self.mesh, _partition(axes, PARAMETER_AXES))
 
-    def activation(self, axes: Sequence[str]) -> NamedSharding:
-        return NamedSharding(self.mesh, _partition(axes, ACTIVATION_AXES))
+    def activation(self, axes: Sequence[str], shape: Sequence[int] | None = None) -> NamedSharding:
+        """With a `shape`, a sequence is split over the first of its mesh axes, as many as divide it: the one new
+        position of a text that is being written stays whole."""
+        entries: list[MeshAxes] = [self._open(names) or None for names in _partition(axes, ACTIVATION_AXES)]
+        for at, (axis, size) in enumerate(zip(axes, shape, strict=True) if shape is not None else ()):
+            names = self._open(entries[at])
+            while axis in SEQUENCES and size % math.prod(self.mesh.shape[name] for name in names):
+                names = names[:-1]
+            entries[at] = names
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -102,9 +143,17 @@ class Layout:
     @property
     def backend(self) -> Backend:
         """What the program runs on: kernels are chosen by it."""
-        device = self.mesh.devices.flat[0]
-        gpu: Backend = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
-        return self.lowered_for or (gpu if device.platform == "gpu" else "cpu")
+        if self.lowered_for is not None:
+            return self.lowered_for
+        if self.device.platform != "gpu":
+            return "cpu"
+        return "rocm" if "rocm" in self.device.client.platform_version.lower() else "cuda"
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the mesh's devices, which are all of one kind."""
+        device: jax.Device = (self.whole or self.mesh).devices.flat[0]
+        return device
 
     @property
     def rows(self) -> NamedSharding:
@@ -117,7 +166,7 @@ class Layout:
 
     def constrain(self, x: Array, *axes: str) -> Array:
         """`x` with the sharding that its logical axes ask for, stated to the compiler."""
-        return jax.lax.with_sharding_constraint(x, self.activation(axes))
+        return jax.lax.with_sharding_constraint(x, self.activation(axes, x.shape))
 
     def parameters(self, specs: Any) -> Any:
         """The sharding of each weight of a tree of `Param`s; UserError where a mesh axis does not divide a size."""
@@ -126,15 +175,46 @@ class Layout:
     def _parameter(self, spec: Any) -> NamedSharding:
         for axis, size in spec.sizes.items():
             if size % (ways := self.ways(axis, PARAMETER_AXES)):
+                fitting = [f"{PARAMETER_AXES[axis]}={part}" for part in _divisors(size) if part < 2 * ways][-3:]
                 raise UserError(
                     f"the mesh splits {axis} {ways} ways, and the model's {axis}={size} does not divide by that: "
-                    f"choose a mesh axis {PARAMETER_AXES[axis]} that divides {size}."
+                    f"choose {' or '.join(fitting)}, or a model with {axis}={size + -size % ways}."
                 )
         return self.parameter(spec.axes)
 
+    def require_batches(self, sizes: Sequence[int], length: int | None = None) -> None:
+        """UserError where batches of so many rows, each of `length` tokens, cannot be dealt out evenly."""
+        ways, parts = self.ways("batch"), self.ways("residual_sequence")
+        for size in sizes:
+            if size % ways:
+                below = size // ways * ways
+                raise UserError(
+                    f"a batch of {size} rows does not divide over {ways} devices ({self._ways_of('batch')}): "
+                    f"use {f'{below} or ' if below else ''}{below + ways} rows, or a mesh with fewer ways."
+                )
+        if length is not None and length % parts:
+            below = length // parts * parts
+            raise UserError(
+                f"rows of {length} tokens do not divide over {parts} devices ({self._ways_of('residual_sequence')}): "
+                f"use {f'{below} or ' if below else ''}{below + parts} tokens, or a mesh with fewer ways."
+            )
+
+    def _ways_of(self, axis: str) -> str:
+        return " x ".join(f"{name}={self.mesh.shape[name]}" for name in _names(ACTIVATION_AXES[axis]))
+
     def ways(self, axis: str, table: Mapping[str, MeshAxes] = ACTIVATION_AXES) -> int:
         """Into how many parts a logical axis is split."""
-        return math.prod(self.mesh.shape[name] for name in _names(table[axis]))
+        return math.prod(self.mesh.shape[name] for name in self._open(table[axis]))
+
+    def splitting(self, axes: MeshAxes) -> tuple[str, ...]:
+        """The mesh axes that an entry of a table or of a PartitionSpec names, without those that have one device: over
+        these nothing is sent."""
+        return tuple(name for name in self._open(axes) if self.mesh.shape[name] > 1)
+
+    def _open(self, axes: MeshAxes) -> tuple[str, ...]:
+        """Without those that a `shard_map` around has split already."""
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        return tuple(name for name in _names(axes) if types[name] != AxisType.Manual)
 
 
 def _names(axes: MeshAxes) -> tuple[str, ...]:

@@ -11,11 +11,12 @@ import optax
 import pytest
 
 from eurollm_jax.data.batch import Batch
+from eurollm_jax.errors import UserError
 from eurollm_jax.model.config import BalanceBias, BalanceLoss, MoE, TransformerConfig
 from eurollm_jax.model.loss import batch_loss
-from eurollm_jax.model.moe import Routing, auxiliary_loss, mixture_of_experts, moe_specs, rebalanced, route
+from eurollm_jax.model.moe import Routing, _blocks, auxiliary_loss, mixture_of_experts, moe_specs, rebalanced, route
 from eurollm_jax.model.param import flatten, init
-from eurollm_jax.model.transformer import specs
+from eurollm_jax.model.transformer import empty_cache, extend, specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.optimizer import AdamW, Muon
 from eurollm_jax.training.step import build_program
@@ -99,7 +100,7 @@ def value_and_gradients(function, moe, layout, x, w):
 
 def assert_equal_trees(ours, theirs):
     for (path, one), other in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        tolerance = 3e-5 * max(1, np.abs(other).max())
+        tolerance = 6e-5 * max(1, np.abs(other).max())
         np.testing.assert_allclose(one, other, atol=tolerance, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
@@ -237,16 +238,98 @@ def alone(one_device):
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (4, 1, 2), (1, 4, 2)], ids=str)
 def test_the_same_loss_and_gradients_on_every_mesh(mesh, alone):
-    layout = Layout(MeshConfig(*mesh).build(jax.devices()[:8]))
+    data, fsdp, tensor = mesh
+    layout = Layout(MeshConfig(data=data, fsdp=fsdp, tensor=tensor).build())
     params, expected = alone
     found = loss_and_gradients(MODEL, layout, params, batch_for())
     for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-6, err_msg=jax.tree_util.keystr(path))
 
 
+def test_a_token_is_written_where_rows_are_split(alone, one_device):
+    """The mesh splits sequences, and one position cannot be split."""
+    params, _ = alone
+    token, valid = jnp.full((8, 1), 3), jnp.ones(8, jnp.int32)
+
+    def one(layout):
+        return jax.jit(lambda p: extend(p, token, valid, empty_cache(8, 4, MODEL), MODEL, layout)[0])(params)
+
+    mesh = MeshConfig(data=2, expert=2, context=2).build()
+    np.testing.assert_allclose(one(Layout(mesh)), one(one_device), rtol=2e-4, atol=2e-5)
+
+
+EXPERT_MESHES = [
+    MeshConfig(data=4, expert=2),
+    MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    MeshConfig(data=1, expert=4, context=2),
+]
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["as-drawn", "all-to-the-same"])
+@pytest.mark.parametrize("mesh", EXPERT_MESHES, ids=["data-expert", "fsdp-expert-tensor", "expert-context"])
+def test_experts_on_many_devices_are_those_of_one(mesh, skewed, one_device):
+    """Output, statistics and gradients, whatever share of the tokens a device's experts are sent."""
+    moe = MoE(8, 2, 8, balance=BalanceLoss(0.1))
+    x, w = jnp.float32(tokens(8, 8)), single(weights_for(moe, router_std=0.0 if skewed else 1.0))
+    layout = Layout(mesh.build())
+
+    def values(layout):
+        def value(x, w):
+            out, routing = mixture_of_experts(x, w, jnp.ones((8, 8), bool), moe, layout)
+            return jnp.sum(jnp.sin(out) * jnp.arange(1, WIDTH + 1)), (out, routing)
+
+        at = layout.activation(("batch", "sequence")), layout.parameters(moe_specs(WIDTH, moe, 1.0))
+        run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), in_shardings=at)
+        return jax.device_get(run(*jax.device_put((x, w), at)))
+
+    found = values(layout)
+    assert_equal_trees(found, values(one_device))
+    load = found[0][1][1].load
+    assert (load.max() == 0.5) == skewed  # all tokens have the same two favourites
+
+
+def test_devices_exchange_tokens_and_no_expert():
+    """Compiled for experts on four devices: tokens are gathered, results are scattered, and weights stay."""
+    moe = MoE(8, 2, 24)
+    layout = Layout(MeshConfig(data=1, expert=4).build(jax.devices()[:4]))
+    at = layout.activation(("batch", "sequence")), layout.parameters(moe_specs(WIDTH, moe, 1.0))
+    shapes = jax.ShapeDtypeStruct((8, 16, WIDTH), jnp.float32), single(weights_for(moe))
+    run = jax.jit(jax.grad(partial(summed, mixture_of_experts, moe, layout), argnums=(0, 1)), in_shardings=at)
+    lines = run.lower(*shapes).compile().as_text().splitlines()
+    moved = {
+        kind: [line.split(f" {kind}(")[0] for line in lines if f" {kind}(" in line]
+        for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+    }
+    assert any(f"f32[128,{WIDTH}]" in shape for shape in moved["all-gather"])
+    assert any(f"f32[32,{WIDTH}]" in shape for shape in moved["reduce-scatter"])
+    assert not moved["all-to-all"] + moved["collective-permute"]
+    for shape in moved["all-gather"] + moved["reduce-scatter"]:
+        assert f"{moe.hidden}," not in shape
+        assert f",{moe.hidden}]" not in shape
+    for shape in moved["all-reduce"]:  # of a device's own two experts, where copies add their gradients up
+        assert "[8,12,24]" not in shape
+        assert "[8,24,12]" not in shape
+
+
+@pytest.mark.parametrize("favoured", [0, 7])
+def test_a_device_computes_the_blocks_of_its_own_experts_alone(favoured):
+    """Of 8 experts on 4 devices, one is sent all tokens: its device has all of the blocks, and the others none."""
+    chosen = jnp.full(128, favoured)
+    counts = []
+    for first in range(0, 8, 2):
+        local = jnp.where((chosen >= first) & (chosen < first + 2), chosen - first, 2)
+        counts.append(int(_blocks(local, 2, 8).used))
+    assert counts == [16 if first <= favoured < first + 2 else 0 for first in range(0, 8, 2)]
+
+
+def test_experts_that_do_not_divide_their_axis_are_refused():
+    with pytest.raises(UserError, match=r"experts 4 ways.*experts=6"):
+        Layout(MeshConfig(data=2, expert=4).build()).parameters(moe_specs(WIDTH, SIGMOID, 1.0))
+
+
 def test_bfloat16_runs_on_a_mesh(alone):
     config = replace(MODEL, compute="bfloat16")
-    layout = Layout(MeshConfig(2, 2, 2).build(jax.devices()[:8]))
+    layout = Layout(MeshConfig(data=2, fsdp=2, tensor=2).build(jax.devices()[:8]))
     (loss, _), gradients = loss_and_gradients(config, layout, alone[0], batch_for())
     assert loss == pytest.approx(float(alone[1][0][0]), rel=2e-2)
     assert all(np.all(np.isfinite(value)) for value in jax.tree.leaves(gradients))

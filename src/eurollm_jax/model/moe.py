@@ -1,20 +1,19 @@
 """Mixture of experts: each token is sent to a few of many MLPs, and none is dropped (Shazeer et al. 2017,
 arXiv:1701.06538; without capacities as in MegaBlocks, arXiv:2211.15841).
 
-Tokens are sorted by expert, and each expert's run is padded to whole blocks, so that every product is of one block of
-tokens with one expert's matrix: the operations are those of the chosen experts and a little padding, on any backend.
-What a block computes on its way is never stored: a layer keeps its rows alone, whatever it recomputes.
+Tokens are sorted by expert, and each expert's run is cut into blocks, so that every product is of one block of tokens
+with one expert's matrix: the operations are those of the chosen experts and a little padding, on any backend. A block's
+tokens are gathered as its turn comes, and its results added to theirs, so that nothing is stored once for each choice.
 
 Shapes: B batch, T sequence, D embed, E experts, k experts of a token, F hidden of an expert.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from eurollm_jax.model.config import Activation, BalanceBias, BalanceLoss, MoE
@@ -65,24 +64,10 @@ def mixture_of_experts(
         with jax.default_matmul_precision("highest"):
             router_logits = linear(x.astype(jnp.float32), w["router"])
         probability, chosen_BTk, weights_BTk = route(router_logits, w.get("router_bias"), moe)
-        routing = _routing(router_logits, probability, chosen_BTk, real, moe)
+        routing = _routing(router_logits, probability, chosen_BTk, real, moe, layout)
 
     with jax.named_scope("experts"):
-        rows, hidden = layout.activation(("batch", "sequence", "embed")).spec, layout.activation(("mlp",)).spec[0]
-        whole = {"gate": (None, None, hidden), "up": (None, None, hidden), "down": (None, hidden, None)}
-
-        def local(x: Array, chosen: Array, weights: Array, experts: Params) -> Array:
-            flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, moe.top_k), weights.reshape(-1, moe.top_k)
-            return jax.lax.psum(_experts(*flat, experts, moe).reshape(x.shape), hidden)
-
-        # Each device sorts its own tokens, and has all experts, of whose hidden axis it may hold a part.
-        out = jax.shard_map(
-            local,
-            mesh=layout.mesh,
-            in_specs=(rows, rows, rows, {name: PartitionSpec(*axes) for name, axes in whole.items()}),
-            out_specs=rows,
-            check_vma=False,
-        )(x, chosen_BTk, weights_BTk, w["experts"])
+        out = _on_all_devices(x, chosen_BTk, weights_BTk, w["experts"], moe, layout)
 
     if moe.shared:
         with jax.named_scope("shared_expert"):
@@ -127,54 +112,110 @@ def rebalanced(params: Params, routing: Routing, moe: MoE) -> Params:
     return params | {"layers": params["layers"] | {"router_bias": bias}}
 
 
-def _routing(router_logits: Array, probability: Array, chosen: Array, real: Array, moe: MoE) -> Routing:
-    count = jnp.maximum(jnp.sum(real), 1)
+def _routing(router_logits: Array, probability: Array, chosen: Array, real: Array, moe: MoE, layout: Layout) -> Routing:
+    count = jnp.maximum(jax.lax.psum(jnp.sum(real), _apart(layout)), 1)
     assigned = jnp.sum(jax.nn.one_hot(chosen, moe.experts), axis=-2)
     tokens = jnp.sum(jnp.where(real[..., None], assigned, 0), axis=(0, 1)) / count  # sums to top_k
     mean = jnp.sum(jnp.where(real[..., None], probability, 0), axis=(0, 1)) / count
     log_z = jax.nn.logsumexp(router_logits, axis=-1)
     return Routing(
         load=tokens / moe.top_k,
-        balance=moe.experts * jnp.sum(tokens * mean),
+        balance=moe.experts * jnp.sum(jax.lax.stop_gradient(jax.lax.psum(tokens, _apart(layout))) * mean),
         z=jnp.sum(jnp.where(real, jnp.square(log_z), 0)) / count,
     )
 
 
-def _experts(
-    x: Float[Array, "N D"], chosen: Int[Array, "N k"], weights: Float[Array, "N k"], experts: Params, moe: MoE
-) -> Float[Array, "N D"]:
-    """The weighted sum of each token's experts, added up in float32."""
-    tokens, width = x.shape
-    place, of_block, block = _places(chosen.reshape(-1), moe.experts)
-
-    def spread(values: Array) -> Array:
-        """Each assignment's value in its row, and zeros in the rows between."""
-        rows = jnp.zeros((len(of_block) * block, *values.shape[1:]), values.dtype)
-        return rows.at[place].set(values, unique_indices=True).reshape(-1, block, *values.shape[1:])
-
-    rows, row_weights = spread(jnp.repeat(x, moe.top_k, axis=0)), spread(weights.reshape(-1))
-    out = blockwise(partial(_expert, moe.activation), rows, row_weights, experts, of_block)
-    of_assignment = out.reshape(-1, width).at[place].get(unique_indices=True)
-    return jnp.sum(of_assignment.reshape(tokens, moe.top_k, width), axis=1, dtype=jnp.float32).astype(x.dtype)
+def _apart(layout: Layout) -> tuple[str, ...]:
+    """The mesh axes along which this code runs for each part by itself, in a `shard_map` around it."""
+    kinds = zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
 
-def _places(expert: Int[Array, "A"], experts: int) -> tuple[Int[Array, "A"], Int[Array, "M"], int]:
-    """The row of each assignment, the expert of each block of rows, and the size of a block.
+def _on_all_devices(
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    experts: Params,
+    moe: MoE,
+    layout: Layout,
+) -> Float[Array, "B T D"]:
+    """The weighted sum of each token's experts.
 
-    Rows are in the order of the experts. Each expert has whole blocks: the rows that it does not fill stay empty, and
-    so do the blocks at the end that no expert needs.
+    Devices along the mesh axis `expert` gather each other's tokens, each computes what its own experts add to them, and
+    the sums go back to where the tokens came from: whatever the routers choose, nothing is dropped, and a device takes
+    as many blocks as its experts were sent. Of the experts' hidden axis a device may hold a part.
     """
-    block = _block_size(len(expert), experts)
-    busy = min(experts, len(expert))  # experts that can have an assignment
-    blocks = busy + (len(expert) - busy) // block  # as many as there can be
+    rows = layout.activation(("batch", "sequence", "embed"), x.shape).spec
+    own, _, hidden = layout.parameter(("experts", "embed", "mlp")).spec
+    whole = {"gate": (own, None, hidden), "up": (own, None, hidden), "down": (own, hidden, None)}
 
-    counts = jnp.bincount(expert, length=experts)
-    ends = jnp.cumsum(-(-counts // block) * block)
-    moved = jnp.pad(ends - jnp.cumsum(counts), (1, 0))  # by the empty rows of the experts before
-    order = jnp.argsort(expert, stable=True)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(expert)) + moved[expert[order]], unique_indices=True)
-    of_block = jnp.searchsorted(ends, jnp.arange(blocks) * block, side="right").clip(max=experts - 1)
-    return place, of_block, block
+    def local(x: Array, chosen: Array, weights: Array, experts: Params) -> Array:
+        flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, moe.top_k), weights.reshape(-1, moe.top_k)
+        flat = jax.tree.map(lambda part: jax.lax.all_gather(part, own, tiled=True), flat)
+        first = jax.lax.axis_index(own) * len(experts["up"])
+        out = _experts(flat, experts, first, moe)
+        return jax.lax.psum(jax.lax.psum_scatter(out, own, tiled=True), hidden).reshape(x.shape)
+
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(rows, rows, rows, {name: PartitionSpec(*axes) for name, axes in whole.items()}),
+        out_specs=rows,
+        check_vma=False,
+    )(x, chosen, weights, experts)
+
+
+class Blocks(NamedTuple):
+    """Which assignments each block of rows takes, and of which expert. A assignments are numbered token after token."""
+
+    order: Int[Array, "A+R"]  # assignments by expert, those of other devices' experts last
+    start: Int[Array, "M"]  # of each block in that order
+    filled: Int[Array, "M"]  # rows that the block has; the rest belong to another
+    expert: Int[Array, "M"]
+    used: Int[Array, ""]  # blocks that there are; those after them are empty
+
+    def rows(self, block: Array, size: int, shape: tuple[int, ...]) -> tuple[Int[Array, "R"], Int[Array, "R"]]:
+        """The assignments of a block, of `shape` [tokens, k], and their tokens; past the end where a row is empty."""
+        row = jnp.arange(size)
+        assignment = jax.lax.dynamic_slice_in_dim(self.order, self.start[block], size)
+        tokens, top_k = shape
+        own = row < self.filled[block]
+        return jnp.where(own, assignment, tokens * top_k + row), jnp.where(own, assignment // top_k, tokens + row)
+
+
+def _experts(
+    routed: tuple[Float[Array, "N D"], Int[Array, "N k"], Float[Array, "N k"]],
+    experts: Params,
+    first: Int[Array, ""],
+    moe: MoE,
+) -> Float[Array, "N D"]:
+    """What some of the experts, numbered from `first`, add to each token, summed in float32.
+
+    `routed` are tokens, the experts chosen for them, and the weights of those."""
+    x, chosen, weights = routed
+    here = len(experts["up"])
+    local = chosen.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < here), local, here)
+    block = _block_size(len(local), moe.experts)
+    return _blockwise(x, weights, experts, _blocks(local, here, block), (moe.activation, block)).astype(x.dtype)
+
+
+def _blocks(expert: Int[Array, "A"], experts: int, size: int) -> Blocks:
+    """Whole blocks of `size` rows for each of the experts 0, 1, ...; other numbers are left out."""
+    busy = min(experts, len(expert))  # experts that can have an assignment
+    most = busy + (len(expert) - busy) // size
+    counts = jnp.bincount(expert, length=experts + 1)[:experts]
+    ends = jnp.cumsum(-(-counts // size))
+    block = jnp.arange(most)
+    of_block = jnp.searchsorted(ends, block, side="right").clip(max=experts - 1)
+    before = (block - (ends - -(-counts // size))[of_block]) * size  # rows of the expert's blocks before this one
+    return Blocks(
+        order=jnp.pad(jnp.argsort(expert, stable=True), (0, size)),
+        start=(jnp.cumsum(counts) - counts)[of_block] + before,
+        filled=counts[of_block] - before,
+        expert=of_block,
+        used=ends[-1],
+    )
 
 
 def _block_size(assignments: int, experts: int) -> int:
@@ -191,42 +232,68 @@ def _expert(
     return (hidden * weights[:, None]).astype(x.dtype) @ expert["down"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blockwise(
-    function: Callable[[Array, Array, Params], Array],
-    rows: Float[Array, "M R D"],
-    weights: Float[Array, "M R"],
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N k"],
     experts: Params,
-    of_block: Int[Array, "M"],
-) -> Float[Array, "M R D"]:
-    """`function` of each block of rows, their weights and their expert's matrices, block after block.
+    blocks: Blocks,
+    options: tuple[Activation, int],
+) -> Float[Array, "N D"]:
+    """The sum of the experts' outputs, block after block, in float32.
 
     The backward pass computes each block again, so what lies between a block's products is never kept. It adds the
     gradient of the matrices up in place, in float32: left to JAX, each block would add a whole tree of zeros to it.
     """
+    activation, size = options
 
-    def one(part: tuple[Array, Array, Array]) -> Array:
-        return function(part[0], part[1], jax.tree.map(lambda w: w[part[2]], experts))
+    def one(block: Array, out: Array) -> Array:
+        slot, token = blocks.rows(block, size, weights.shape)
+        return _add(out, token, _expert(activation, *_take(block, slot, token, x, weights, experts, blocks)))
 
-    return jax.lax.map(one, (rows, weights, of_block))
-
-
-def _blockwise_forward(function: Any, *given: Any) -> tuple[Array, Any]:
-    return blockwise(function, *given), given
+    return jax.lax.fori_loop(0, blocks.used, one, jnp.zeros(x.shape, jnp.float32))
 
 
-def _blockwise_backward(function: Any, given: Any, d_out: Array) -> tuple[Array, Array, Params, None]:
-    rows, weights, experts, of_block = given
-
-    def one(d_experts: Params, part: tuple[Array, ...]) -> tuple[Params, tuple[Array, Array]]:
-        rows, weights, at, d_out = part
-        _, pull = jax.vjp(function, rows, weights, jax.tree.map(lambda w: w[at], experts))
-        d_rows, d_weights, d_expert = pull(d_out)
-        return jax.tree.map(lambda total, d_w: total.at[at].add(d_w), d_experts, d_expert), (d_rows, d_weights)
-
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), experts)
-    d_experts, (d_rows, d_weights) = jax.lax.scan(one, zeros, (rows, weights, of_block, d_out))
-    return d_rows, d_weights, jax.tree.map(lambda d_w, w: d_w.astype(w.dtype), d_experts, experts), None
+def _blockwise_forward(
+    x: Array, weights: Array, experts: Params, blocks: Blocks, options: tuple[Activation, int]
+) -> tuple[Array, Any]:
+    return _blockwise(x, weights, experts, blocks, options), (x, weights, experts, blocks)
 
 
-blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+def _blockwise_backward(options: tuple[Activation, int], given: Any, d_out: Array) -> tuple[Any, ...]:
+    x, weights, experts, blocks = given
+    activation, size = options
+
+    def one(block: Array, sums: tuple[Array, Array, Params]) -> tuple[Array, Array, Params]:
+        d_x, d_weights, d_experts = sums
+        slot, token = blocks.rows(block, size, weights.shape)
+        _, pull = jax.vjp(partial(_expert, activation), *_take(block, slot, token, x, weights, experts, blocks))
+        d_rows, d_row_weights, d_expert = pull(_get(d_out, token).astype(x.dtype))
+        d_experts = jax.tree.map(lambda sum_, d_w: sum_.at[blocks.expert[block]].add(d_w), d_experts, d_expert)
+        return _add(d_x, token, d_rows), _add(d_weights, slot, d_row_weights), d_experts
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (x, weights.reshape(-1), experts))
+    d_x, d_weights, d_experts = jax.lax.fori_loop(0, blocks.used, one, zeros)
+    d_given = d_x, d_weights.reshape(weights.shape), d_experts
+    return *jax.tree.map(lambda d_w, w: d_w.astype(w.dtype), d_given, (x, weights, experts)), None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _take(
+    block: Array, slot: Array, token: Array, x: Array, weights: Array, experts: Params, blocks: Blocks
+) -> tuple[Array, Array, Params]:
+    """A block's rows, their weights, and its expert's matrices."""
+    expert = jax.tree.map(lambda w: w[blocks.expert[block]], experts)
+    return _get(x, token), _get(weights.reshape(-1), slot), expert
+
+
+def _get(values: Array, index: Array) -> Array:
+    """Zeros where the index is past the end."""
+    return values.at[index].get(mode="fill", fill_value=0, unique_indices=True)
+
+
+def _add(sums: Array, index: Array, values: Array) -> Array:
+    """Nothing where the index is past the end."""
+    return sums.at[index].add(values.astype(sums.dtype), mode="drop", unique_indices=True)

@@ -15,11 +15,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.config import MoE, TransformerConfig
-from eurollm_jax.model.loss import SourceSums, batch_loss, sum_by_source
-from eurollm_jax.model.moe import Routing, auxiliary_loss, rebalanced
-from eurollm_jax.model.param import Params, flatten, init
+from eurollm_jax.model.loss import SourceSums, sum_by_source
+from eurollm_jax.model.moe import Routing, rebalanced
+from eurollm_jax.model.param import Params, flatten, init, owner
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import Layout
+from eurollm_jax.training.gradient import mean_gradient
+from eurollm_jax.training.skipping import Skips, SkipStep, chosen, no_skips
 
 
 @struct.dataclass
@@ -27,6 +29,7 @@ class TrainState:
     step: Int[Any, ""]  # steps done
     params: Params
     optimizer: Any  # optax state
+    skips: Skips
     ema: Params | None = None  # exponential moving average of the parameters, where the run keeps one
 
 
@@ -35,6 +38,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]  # before clipping
     sources: SourceSums
     routing: Routing | None  # of a mixture of experts
+    skipped: Int[Array, ""]  # steps in a row that were skipped, up to this one; 0 where it was taken
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,15 @@ def build_program(
     sources: int,
     z_loss: float,
     ema: float | None = None,
+    length: int | None = None,
+    accumulate: int = 1,
+    skip: SkipStep | None = None,
 ) -> Program:
-    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows; `ema` is the share
-    that the average of the parameters keeps of itself at each step."""
-    ways = layout.ways("batch")
-    for size in batch_sizes:
-        if size % ways:
-            raise UserError(f"a batch of {size} rows does not divide over {ways} devices: use a multiple of {ways}.")
+    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows of `length` tokens,
+    which are checked against the mesh; `ema` is the share that the average of the parameters keeps of itself at each
+    step; a batch is read in `accumulate` micro-batches."""
+    layout.require_batches(batch_sizes, length)
+    _require_micro_batches(batch_sizes, layout.ways("batch"), accumulate)
     weights = specs(config)
     moe = config.mlp if isinstance(config.mlp, MoE) else None
 
@@ -93,7 +99,7 @@ def build_program(
 
     def start(params: Params) -> TrainState:
         average = None if ema is None else jax.tree.map(jnp.copy, params)  # the step takes over the memory of both
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_skips(), average)
 
     abstract = jax.eval_shape(init_state, jax.random.key(0))
     of_params = layout.parameters(weights)
@@ -101,32 +107,28 @@ def build_program(
         step=layout.replicated,
         params=of_params,
         optimizer=_like_params(abstract.optimizer, of_params, layout),
+        skips=jax.tree.map(lambda _: layout.replicated, abstract.skips),
         ema=None if ema is None else of_params,
     )
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        predicted = jnp.maximum(jnp.sum(batch.mask), 1)
-
-        def mean_loss(params: Params) -> tuple[Array, tuple[Array, Routing | None]]:
-            total, nats, routing = batch_loss(params, batch, config, layout, z_loss)
-            mean = total / predicted
-            if moe is not None and routing is not None:
-                mean += auxiliary_loss(routing, moe)
-            return mean, (nats, routing)
-
-        (_, (nats, routing)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        metrics = StepMetrics(
-            loss=jnp.sum(nats) / predicted,
-            grad_norm=optax.global_norm(gradients),
-            sources=sum_by_source(batch, nats, jnp.asarray(token_bytes), sources),
-            routing=routing,
+        gradients, nats, routing = mean_gradient(
+            state.params, batch, config, layout, z_loss=z_loss, accumulate=accumulate
         )
+        loss, norm = jnp.sum(nats) / jnp.maximum(jnp.sum(batch.mask), 1), optax.global_norm(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if moe is not None and routing is not None:
             params = rebalanced(params, routing, moe)
         average = None if ema is None else optax.incremental_update(params, state.ema, 1 - ema)
-        return TrainState(state.step + 1, params, optimizer_state, average), metrics
+        skips = state.skips
+        if skip is not None:
+            taken, skips = skip.judge(loss, norm, state.skips)
+            before = state.params, state.optimizer, state.ema
+            params, optimizer_state, average = chosen(taken, (params, optimizer_state, average), before)
+        sources_sums = sum_by_source(batch, nats, jnp.asarray(token_bytes), sources)
+        metrics = StepMetrics(loss, norm, sources_sums, routing, skips.in_a_row)
+        return TrainState(state.step + 1, params, optimizer_state, skips, average), metrics
 
     return Program(
         init=jax.jit(init_state, out_shardings=sharding),
@@ -142,13 +144,23 @@ def build_program(
     )
 
 
+def _require_micro_batches(sizes: Sequence[int], ways: int, accumulate: int) -> None:
+    for size in sizes:
+        if below := size % (unit := ways * accumulate):
+            nearest = " or ".join(str(rows) for rows in (size - below, size - below + unit) if rows)
+            fitting = max(n for n in range(1, accumulate + 1) if size // ways % n == 0)
+            raise UserError(
+                f"a batch of {size} rows does not divide into {accumulate} micro-batches over {ways} devices: "
+                f"use {nearest} rows, or accumulate={fitting}."
+            )
+
+
 def _like_params(optimizer_state: Any, of_params: Any, layout: Layout) -> Any:
     """Shardings of an optimizer's state: what it keeps at the end of a weight's path lives where the weight does."""
     of_path = flatten(of_params)
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        suffixes = ("/".join(keys[start:]) for start in range(len(keys)))
-        return next((of_path[suffix] for suffix in suffixes if leaf.ndim and suffix in of_path), layout.replicated)
+        weight = owner(path, of_path)
+        return of_path[weight] if leaf.ndim and weight is not None else layout.replicated
 
     return jax.tree_util.tree_map_with_path(sharding, optimizer_state)

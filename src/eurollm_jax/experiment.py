@@ -28,19 +28,19 @@ from eurollm_jax.data.loader import DataConfig, differences
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 from eurollm_jax.model import config as model_config
-from eurollm_jax.model.config import TransformerConfig
+from eurollm_jax.model.config import BalanceLoss, MoE, TransformerConfig
 from eurollm_jax.parallel.mesh import MeshConfig
-from eurollm_jax.training.optimizer import AdamW, Muon
-from eurollm_jax.training.schedule import WSD, Cosine
+from eurollm_jax.training.optimizer import Adafactor, AdamW, AdEMAMix, Lion, Muon
+from eurollm_jax.training.schedule import WSD, Constant, Cosine, Linear
+from eurollm_jax.training.skipping import SkipStep
 
 RECORDED_PACKAGES = ("eurollm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
-COUNTS = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
-
 CADENCE = ("log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
-PATHS = ("tokenizer", "heldout", "start_from", "runs")  # the hashes of what they point to decide
+COUNTS = ("steps", "batch_size", "accumulate", *CADENCE)
+PATHS = ("tokenizer", "heldout", "start_from", "branch_from", "runs")  # the hashes of what they point to decide
 
-NOT_IDENTITY = frozenset(("mesh", "parity", *CADENCE, *PATHS))
+NOT_IDENTITY = frozenset(("mesh", "accumulate", "parity", *CADENCE, *PATHS))
 """Fields that do not change what is learnt: where it is computed, what may be begun, and how often one looks."""
 
 NOT_IDENTITY_OF_DATA = ("store", "workers", "removed")
@@ -61,16 +61,19 @@ class Experiment:
     data: DataConfig
     heldout: str  # token store
     model: TransformerConfig
-    schedule: WSD | Cosine
+    schedule: WSD | Cosine | Linear | Constant
     steps: int
     batch_size: int  # rows, over all devices
     batch_ramp: tuple[tuple[int, int], ...] = ()  # (from row, batch size): changes in the course of the run
-    optimizer: AdamW | Muon = AdamW()
+    optimizer: AdamW | Muon | AdEMAMix | Lion | Adafactor = AdamW()
     z_loss: float = 1e-4
+    skip: SkipStep | None = dataclasses.field(default_factory=SkipStep)  # steps that are not finite, or spikes
     ema: float | None = None  # what a moving average of the parameters keeps of itself at each step, such as 0.999
     start_from: str | None = None  # a run, imported or trained, whose parameters this one begins with
+    branch_from: str | None = None  # a checkpoint that this one goes on from, such as runs/base/checkpoints/1000
     seed: int = 0  # of the initial weights; the data have their own
     mesh: MeshConfig = MeshConfig()
+    accumulate: int = 1  # micro-batches that a batch is read in, one after the other
     parity: Parity = dataclasses.field(default_factory=Parity)
     log_every: int = 10  # steps
     evaluate_every: int = 1000
@@ -89,6 +92,11 @@ class Experiment:
             raise UserError(f"experiment {self.name!r}: batch_ramp: {error}.") from None
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"experiment {self.name!r}: ema={self.ema} must be above 0 and below 1, such as 0.999.")
+        if self.start_from is not None and self.branch_from is not None:
+            raise UserError(
+                f"experiment {self.name!r}: start_from={self.start_from} and branch_from={self.branch_from} exclude "
+                "each other: a branch takes all of its checkpoint, so set start_from=None."
+            )
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
             raise UserError(f"experiment {self.name!r}: the name becomes a folder; use letters, digits, . _ and -.")
         if self.data.sequence_length > self.model.max_positions:
@@ -130,6 +138,8 @@ def identity(experiment: Experiment, inputs: Mapping[str, str]) -> dict[str, Any
         del fields["data"][name]
     for name in NOT_IDENTITY_OF_MODEL:
         del fields["model"][name]
+    if isinstance(experiment.model.mlp, MoE) and isinstance(experiment.model.mlp.balance, BalanceLoss):
+        fields["accumulate"] = experiment.accumulate  # each micro-batch is balanced by itself
     fields["batch_ramp"] = encode(experiment.batch_sizes.until(experiment.total_rows).changes)
     return {**fields, "inputs": dict(inputs)}
 

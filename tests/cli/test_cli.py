@@ -70,6 +70,13 @@ def test_train_leaves_a_run_and_is_complete_the_next_time(call, contents, made, 
     assert contents(made.run) == before
 
 
+def test_steps_of_a_run_are_profiled(call, made, tmp_path):
+    fields = ("--name", "traced", "--steps", 2, "--schedule.warmup", 1, "--runs", tmp_path)
+    said = call("train", made.experiment, *fields, "--trace", "2:2")
+    assert said.status == 0, said.err
+    assert len(list((tmp_path / "traced" / "trace").rglob("*.xplane.pb"))) == 1
+
+
 def test_fields_of_an_experiment_are_options(call, made):
     said = call("show", made.experiment, "--steps", 6, "--model.depth", 3)
     assert said.status == 0

@@ -69,6 +69,14 @@ def test_a_tokenizer_that_is_none_is_refused(refusal, made, corpus_dir, tmp_path
         assert said in refusal(made.folder, "train", made.experiment, "--name", "new", "--tokenizer", folder)
 
 
+def test_a_trace_of_no_steps_of_the_run_is_refused(refusal, made):
+    train = ("train", made.experiment, "--name", "new", "--trace")
+    assert "--trace 2-3: name the first and the last step" in refusal(made.folder, *train, "2-3")
+    before = ("train", "--trace", "4:5", made.experiment, "--name", "new")
+    for argv in ((*train, "4:5"), before):
+        assert "--trace 4:5: the run has 4 steps, of which 1 to 4 are left" in refusal(made.folder, *argv)
+
+
 def test_what_is_there_is_never_overwritten_by_other_data(refusal, made, corpus_dir, tmp_path):
     tokenizer = made.folder / "tokenizer"
     prepare = ("corpus", "prepare", corpus_dir / "de.jsonl", "--tokenizer", tokenizer, "--out")

@@ -138,7 +138,7 @@ def _metrics(rng, steps, batch, length, shares, final):
             "learning_rate": 3e-3 * min(1.0, step / 40) * (1 if t < 0.8 else (1 - t) / 0.2),
             "grad_norm": rng.lognormal(-0.5, 0.3),
             "tokens_per_second": rng.normal(24000, 700) * (0.5 if step % 97 == 0 else 1),
-            "peak_share": 0.31,
+            "mfu": 0.31,
             "data_wait": rng.uniform(0.001, 0.02),
             "seconds": step * 0.55,
             "sources": {
@@ -148,6 +148,7 @@ def _metrics(rng, steps, batch, length, shares, final):
         }
         if step == steps // 2:
             yield {"kind": "restart", "step": step, "time": "2026-11-20T10:04:00Z"}
+            yield {"kind": "skipped", "step": step, "loss": None, "grad_norm": 3e4}
         if step % max(1, steps // 15) == 0:
             scores = {c: value + 5.5 * math.exp(-step / 45) + 1.1 * (1 - t) ** 2 for c, value in final.items()}
             macro = sum(scores.values()) / len(scores)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,13 +20,16 @@ from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.report import write_report
 from eurollm_jax.model.param import flatten
+from eurollm_jax.model.transformer import flops_per_token
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.loop import train
+from eurollm_jax.training.recorder import Recorder
 from eurollm_jax.training.schedule import WSD
 from eurollm_jax.training.step import Program, abstract_params
+from eurollm_jax.training.trace import Trace
 
-TIMES = {"seconds", "tokens_per_second", "peak_share", "data_wait"}
+TIMES = {"seconds", "tokens_per_second", "mfu", "data_wait", "evaluation_seconds"}
 
 
 def params(run, model):
@@ -35,9 +39,14 @@ def params(run, model):
     return {path: np.asarray(value) for path, value in flatten(values).items()}, progress
 
 
-def metrics(run):
+def records(run, *kinds):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] != "restart"]
+    return [line for line in lines if line["kind"] in kinds]
+
+
+def metrics(run):
+    lines = records(run, "train", "evaluation")
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def assert_same_run(one, other, model):
@@ -98,7 +107,91 @@ def test_a_killed_run_resumes_to_the_same_bits(ramped, undisturbed_ramp, tmp_pat
 
     subprocess.run(command, check=True, capture_output=True)
     assert_same_run(run, undisturbed_ramp, ramped.model)
-    assert any(json.loads(line)["kind"] == "restart" for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert records(run, "restart")
+
+
+def test_what_a_start_costs_and_what_holds_the_loop_is_recorded(experiment, caplog):
+    with caplog.at_level("INFO", "eurollm_jax"):
+        before = time.perf_counter()
+        run = train(experiment, "", began=before - 100)
+        took = time.perf_counter() - before
+    (start,) = records(run, "start")
+    flops = flops_per_token(experiment.model, experiment.data.sequence_length)
+    assert start["flops_per_token"] == flops
+    assert start["peak_source"] == "the fastest float32 product of 1024 x 1024 matrices at the start"
+    assert start["mfu_formula"] == "mfu = useful tokens/s * flops_per_token / peak_flops"
+    assert start["mesh"] == {"data": 8}
+    for line in records(run, "train"):
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / start["peak_flops"])
+        assert 0 <= line["data_wait"] <= 1
+    (first,) = records(run, "first_step")
+    assert first["step"] == 1
+    assert first["programs"] == 1
+    spent = first["lowering_seconds"] + first["compile_seconds"]
+    assert 0 < spent < first["seconds_to_first_step"] - 100 < took
+    stalls, evaluations = records(run, "checkpoint"), records(run, "evaluation")
+    assert [line["step"] for line in stalls] == [4, 8, 12]
+    between = [line["stall_seconds"] for line in stalls] + [line["evaluation_seconds"] for line in evaluations]
+    assert all(seconds > 0 for seconds in between)
+    trained = records(run, "train")[-1]["seconds"]
+    assert spent + trained + sum(between) < took  # they are counted once, each in its place
+    (said,) = (record.message for record in caplog.records if "FLOP a token" in record.message)
+    assert f"{start['devices']}, data=8; " in said
+    assert f"parameters, AdamW, products in float32, remat none, attention {start['attention']['kernel']} (" in said
+
+
+def test_nothing_is_fetched_before_the_next_step_is_under_way(experiment, monkeypatch):
+    """The next batch is read and placed, and the figures of a step fetched, while a step runs."""
+    happened = []
+    loader, compile_train, record = Data.loader, Program.compile_train, Recorder.train
+
+    def noting_batches(self, *args, **kwargs):
+        for number, item in enumerate(loader(self, *args, **kwargs), start=1):
+            happened.append(f"batch {number}")
+            yield item
+
+    def noting_steps(self, *args):
+        step = compile_train(self, *args)
+
+        def dispatched(state, batch):
+            assert isinstance(batch.tokens, jax.Array)
+            happened.append("step")
+            return step(state, batch)
+
+        return dispatched
+
+    def noting_records(self, step, interval):
+        happened.append(f"record {step}")
+        return record(self, step, interval)
+
+    monkeypatch.setattr(Data, "loader", noting_batches)
+    monkeypatch.setattr(Program, "compile_train", noting_steps)
+    monkeypatch.setattr(Recorder, "train", noting_records)
+    train(dataclasses.replace(experiment, steps=4, log_every=1, checkpoint_every=4, evaluate_every=4), "")
+    assert happened == [
+        *("batch 1", "step", "batch 2", "step", "batch 3", "record 1", "step", "batch 4", "record 2"),
+        *("step", "record 3", "record 4"),  # the last one waits for its own figures
+    ]
+
+
+def test_steps_are_profiled_on_request(experiment, undisturbed):
+    run = train(experiment, "", trace=Trace(2, 3))
+    (profile,) = (run / "trace").rglob("*.xplane.pb")
+    assert profile.stat().st_size > 10_000
+    assert metrics(run) == metrics(undisturbed)
+    shutil.rmtree(run / "checkpoints" / "12")
+    with pytest.raises(UserError, match="--trace 8:9: the run has 12 steps, of which 9 to 12 are left"):
+        train(experiment, "", trace=Trace(8, 9))
+    with pytest.raises(UserError, match="--trace 12:13: the run has 12 steps, of which 1 to 12 are left"):
+        train(dataclasses.replace(experiment, name="another"), "", trace=Trace(12, 13))
+    assert not (experiment.run.parent / "another").exists()
+
+
+def test_what_the_devices_cannot_compute_is_refused_before_a_run_begins(experiment):
+    model = dataclasses.replace(experiment.model, remat="offload")
+    with pytest.raises(UserError, match="choose remat='attention'"):
+        train(dataclasses.replace(experiment, model=model), "")
+    assert not experiment.run.exists()
 
 
 def test_a_run_whose_shard_is_deleted_stops_with_its_name_and_fails(experiment, store, tmp_path):
@@ -108,7 +201,7 @@ def test_a_run_whose_shard_is_deleted_stops_with_its_name_and_fails(experiment, 
     long = dataclasses.replace(experiment, data=data, steps=100_000, checkpoint_every=100_000, evaluate_every=100_000)
     process = subprocess.Popen(command_of(long, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (long.run / "metrics.jsonl").exists():
+    while not ((long.run / "metrics.jsonl").exists() and records(long.run, "train")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -219,8 +312,7 @@ def test_a_language_beyond_the_limits_of_parity_is_refused(experiment, caplog):
     train(dataclasses.replace(strict, parity=Parity(max_premium=99.0)), "")
     shutil.rmtree(run / "checkpoints" / "4")
     train(dataclasses.replace(strict, parity=Parity(max_premium=1.0, allow=languages)), "")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    restarts = [line for line in lines if line["kind"] == "restart"]
+    restarts = records(run, "restart")
     assert [line["parity_allowed"] for line in restarts] == [[], recorded["allowed_beyond"]]
     assert restarts[0]["stores"] == [experiment.data.store]
     assert recorded["sources"]["el"]["premium"] > 1

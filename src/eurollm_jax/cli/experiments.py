@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def add(commands: Subcommands) -> None:
-    with_experiment(command(commands, "train", _train, "train an experiment, or go on where it stopped"))
+    train = command(commands, "train", _train, "train an experiment, or go on where it stopped")
+    _with_trace(train)
+    with_experiment(train)
     with_experiment(
         command(commands, "show", _show, "print the resolved experiment and what it will read, without training")
     )
@@ -27,12 +30,31 @@ def add(commands: Subcommands) -> None:
     report.add_argument("run", type=Path, help="a run directory; of an imported one, what it is made of is printed")
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from eurollm_jax.training.loop import train
+def _with_trace(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "--trace",
+        metavar="FIRST:LAST",
+        help="profile these steps, such as 20:23; the run's folder trace/ is for TensorBoard and Perfetto",
+    )
+    return parser
 
-    experiment, docstring = experiment_of(arguments)
+
+def _train(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    # It is no field of the experiment, and stands before its file or among the fields after it.
+    options = _with_trace(argparse.ArgumentParser(prog=arguments.parser.prog, add_help=False, allow_abbrev=False))
+    options.set_defaults(trace=arguments.trace)
+    after, arguments.fields = options.parse_known_args(arguments.fields)
+    experiment, docstring = experiment_of(arguments)  # which may print its fields and exit, before the imports below
+
+    from eurollm_jax.parallel.programs import keep_programs
+    from eurollm_jax.training.loop import train
+    from eurollm_jax.training.trace import Trace
+
+    trace = None if after.trace is None else Trace.parse(after.trace)
     _architecture(experiment.model)
-    train(experiment, docstring)
+    keep_programs()
+    train(experiment, docstring, trace=trace, began=began)
 
 
 def _architecture(model: "TransformerConfig") -> str | None:

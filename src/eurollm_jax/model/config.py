@@ -13,7 +13,7 @@ from eurollm_jax.errors import UserError
 
 type Dtype = Literal["float32", "bfloat16"]
 type Activation = Literal["silu", "gelu", "gelu_tanh"]
-type AttentionKernel = Literal["reference", "blockwise", "cudnn", "pallas"]
+type AttentionKernel = Literal["reference", "blockwise", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,17 @@ class MoE:
     z_loss: float = 0.0  # weight of the mean of logsumexp(router logits)^2 (Zoph et al. 2022, arXiv:2202.08906)
 
 
+type Remat = Literal["none", "dots", "attention", "full", "offload"]
+"""What the backward pass finds of a layer, from the fastest to what takes least memory of the device:
+
+    none       all that it needs
+    dots       the results of products with weights
+    attention  the layer's input, queries, keys, values, and what was attended
+    full       the layer's input: everything in it is computed twice
+    offload    the same as "attention", in the memory of the host
+"""
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     vocab_size: int
@@ -150,7 +161,7 @@ class TransformerConfig:
     embedding_scale: float = 1.0  # embeddings are multiplied by it
     tied: bool = False  # the output head is the embedding, transposed
     compute: Dtype = "bfloat16"  # of activations and products; parameters are kept in float32
-    remat: Literal["none", "dots", "full"] = "full"  # what a layer recomputes in the backward pass
+    remat: Remat = "full"  # what the backward pass finds of a layer; the rest is computed again
     attention_kernel: AttentionKernel | Literal["auto"] = "auto"  # how attention is computed, not what it is
 
     def __post_init__(self) -> None:

@@ -15,14 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eurollm_jax.model.attention import attention, causal_mask, document_mask
+from eurollm_jax.model.attention import attention, attention_choice, causal_mask, packed_attention
 from eurollm_jax.model.config import Attention, Gated, MoE, TransformerConfig, Ungated
+from eurollm_jax.model.embedding import look_up
 from eurollm_jax.model.layers import activate, linear, rms_norm, rotary_tables, rotate, soft_cap, xielu, xielu_start
 from eurollm_jax.model.moe import Routing, mixture_of_experts, moe_specs
 from eurollm_jax.model.param import Param, Params, Specs, flatten, stack
+from eurollm_jax.model.remat import layer_input, of_attention, rematerialised
 from eurollm_jax.parallel.mesh import Layout
 
 type Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+RESIDUAL = ("batch", "residual_sequence", "embed")  # the axes of the stream that the halves of a layer add to
 
 # ---------------------------------------------------------------------------------------------------- the weights
 
@@ -124,10 +128,11 @@ def layer(
 ) -> tuple[Float[Array, "B T D"], LayerOutput]:
     """One decoder layer. `attend` maps query, key and value to what was attended and what is to be kept of them;
     `real` is False at padding, which a router does not count."""
+    x = layer_input(x)
     w = {name: _cast(name, weight, c) for name, weight in weights.items()}
 
     def norm(x: Array, name: str) -> Array:
-        return rms_norm(x, w[name], c.norm) if name in w else x
+        return layout.constrain(rms_norm(x, w[name], c.norm), *RESIDUAL) if name in w else x
 
     with jax.named_scope("attention"):
         attended, kept = attention_half(norm(x, "attention_norm"), w, rotary, attend, c, layout)
@@ -148,6 +153,7 @@ def attention_half(
     c: TransformerConfig,
     layout: Layout,
 ) -> tuple[Float[Array, "B T D"], Any]:
+    h = layout.constrain(h, "batch", "sequence", "embed")
     q_BTHK, k_BTGK, v_BTGK = (_biased(linear(h, w[name]), w, name) for name in ("query", "key", "value"))
     if c.qk_norm == "head":
         q_BTHK, k_BTGK = rms_norm(q_BTHK, w["query_norm"], c.norm), rms_norm(k_BTGK, w["key_norm"], c.norm)
@@ -156,17 +162,19 @@ def attention_half(
     q_BTHK = layout.constrain(q_BTHK, "batch", "sequence", "heads", "head_dim")
     k_BTGK = layout.constrain(k_BTGK, "batch", "sequence", "kv_heads", "head_dim")
     v_BTGK = layout.constrain(v_BTGK, "batch", "sequence", "kv_heads", "head_dim")
-    attended_BTHK, kept = attend(rotate(q_BTHK, rotary), rotate(k_BTGK, rotary), v_BTGK)
+    q_BTHK, k_BTGK = rotate(q_BTHK, rotary), rotate(k_BTGK, rotary)
+    attended_BTHK, kept = attend(of_attention(q_BTHK), of_attention(k_BTGK), of_attention(v_BTGK))
     out = _biased(linear(attended_BTHK, w["output"], contract=2), w, "output")
-    return layout.constrain(out, "batch", "sequence", "embed"), kept
+    return layout.constrain(out, *RESIDUAL), kept
 
 
 def mlp_half(
     h: Float[Array, "B T D"], w: Params, real: Bool[Array, "B T"], c: TransformerConfig, layout: Layout
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
+    h = layout.constrain(h, "batch", "sequence", "embed")
     if isinstance(c.mlp, MoE):
         out, routing = mixture_of_experts(h, w, real, c.mlp, layout)
-        return layout.constrain(out, "batch", "sequence", "embed"), routing
+        return layout.constrain(out, *RESIDUAL), routing
     up_BTF = _biased(linear(h, w["up"]), w, "up")
     match c.mlp:
         case Gated(_, activation, _):
@@ -175,7 +183,7 @@ def mlp_half(
             hidden_BTF = xielu(up_BTF, w["alpha_positive"], w["alpha_negative"])
     hidden_BTF = layout.constrain(hidden_BTF, "batch", "sequence", "mlp")
     out = _biased(linear(hidden_BTF, w["down"]), w, "down")
-    return layout.constrain(out, "batch", "sequence", "embed"), None
+    return layout.constrain(out, *RESIDUAL), None
 
 
 def _biased(x: Array, w: Params, name: str) -> Array:
@@ -208,23 +216,22 @@ def forward(
     Attention is causal and stays within a segment; segment 0 is padding.
     """
     real = segments > 0
-    seen = {kind: (document_mask(segments, kind.window), _rotary(kind, positions, c)) for kind in c.pattern}
+    kernel, _ = attention_choice(c, layout)
+    rotary = {kind: _rotary(kind, positions, c) for kind in c.pattern}
 
     def step(kind: Attention, x: Array, weights: Params) -> tuple[Array, LayerOutput]:
-        mask, rotary = seen[kind]
-
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return attention(q, k, v, mask, scale=c.attention_scale, cap=c.attention_cap), None
+            how = dict(window=kind.window, scale=c.attention_scale, cap=c.attention_cap, kernel=kernel, layout=layout)
+            return packed_attention(q, k, v, segments, **how), None  # type: ignore[arg-type]
 
-        return layer(x, weights, rotary, attend, real, c, layout)
+        return layer(x, weights, rotary[kind], attend, real, c, layout)
 
     x, outputs = _over_layers(step, embed(params, tokens, c, layout), params["layers"], c)
     return rms_norm(x, params["final_norm"], c.norm), outputs.routing
 
 
 def embed(params: Params, tokens: Int[Array, "B T"], c: TransformerConfig, layout: Layout) -> Float[Array, "B T D"]:
-    # Gathered before the cast: the gradient is then summed in float32. In bfloat16 a token's sum stops growing at 256.
-    x = layout.constrain(params["embedding"][tokens].astype(c.dtype), "batch", "sequence", "embed")
+    x = look_up(params["embedding"], tokens, c.dtype, layout)
     return x if c.embedding_scale == 1.0 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
 
@@ -251,7 +258,7 @@ def _over_layers(
     """
     period = len(c.pattern)
     rounds, rest = divmod(c.depth, period)
-    steps = [_remat(partial(step, kind), c) for kind in c.pattern]
+    steps = [rematerialised(partial(step, kind), c.remat) for kind in c.pattern]
 
     def one_round(x: Array, part: Any) -> tuple[Array, LayerOutput]:
         outputs = []
@@ -270,16 +277,6 @@ def _over_layers(
     if left_over:
         outputs = jax.tree.map(lambda leaves, *more: jnp.concatenate([leaves, jnp.stack(more)]), outputs, *left_over)
     return x, outputs
-
-
-def _remat(step: Callable[..., Any], c: TransformerConfig) -> Callable[..., Any]:
-    match c.remat:
-        case "none":
-            return step
-        case "dots":
-            return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        case "full":
-            return jax.checkpoint(step)
 
 
 def flops_per_token(c: TransformerConfig, length: int) -> float:

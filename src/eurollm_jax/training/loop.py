@@ -6,7 +6,9 @@ if it had not been.
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +28,24 @@ from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import HeldOut, Measure, build_measure, evaluation, measure_heldout
 from eurollm_jax.evaluation.samples import sample
 from eurollm_jax.experiment import Experiment, claim_run, environment, locked
+from eurollm_jax.model.attention import attention_choice
 from eurollm_jax.model.param import Params, count, flatten
-from eurollm_jax.model.transformer import specs
+from eurollm_jax.model.remat import require_memory
+from eurollm_jax.model.transformer import flops_per_token, specs
 from eurollm_jax.parallel.cpu import keep_freed_memory
 from eurollm_jax.parallel.mesh import Layout
+from eurollm_jax.parallel.programs import CompileTimes, compile_times
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.metrics import Clock, MetricsWriter
+from eurollm_jax.training.metrics import MFU, Clock, MetricsWriter, Peak, peak_of
 from eurollm_jax.training.progress import Progress
 from eurollm_jax.training.recorder import Recorder
-from eurollm_jax.training.start import first_state, hash_of_start
+from eurollm_jax.training.start import branched_state, first_state, hash_of_start, require_branch
 from eurollm_jax.training.step import Program, StepMetrics, TrainState, build_program
+from eurollm_jax.training.trace import Trace, Tracer
 
 log = logging.getLogger(__name__)
+
+type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,12 @@ def open_inputs(experiment: Experiment) -> Inputs:
     parity.require()
     if parity.allowed:
         log.warning("BEYOND THE LIMITS OF PARITY, and allowed by the experiment: %s", languages_of(parity.allowed))
-    return Inputs(tokenizer, data, HeldOut(heldout, experiment.data.sequence_length, experiment.batch_size), parity)
+    return Inputs(
+        tokenizer,
+        data,
+        HeldOut(heldout, experiment.data.sequence_length, experiment.batch_size // experiment.accumulate),
+        parity,
+    )
 
 
 def plan(experiment: Experiment, data: Data) -> dict[str, Any]:
@@ -109,10 +122,19 @@ def plan(experiment: Experiment, data: Data) -> dict[str, Any]:
     }
 
 
-def train(experiment: Experiment, docstring: str) -> Path:
-    """Trains to the experiment's last step, going on from where its run directory stands; returns that directory."""
+def train(experiment: Experiment, docstring: str, *, trace: Trace | None = None, began: float | None = None) -> Path:
+    """Trains to the experiment's last step, going on from where its run directory stands; returns that directory.
+
+    The profile of a `trace` is written there. `began` is when the start of the program began, of time.perf_counter():
+    from then until the first step is done is recorded.
+    """
+    began = time.perf_counter() if began is None else began
+    if trace is not None:
+        trace.require_within(0, experiment.steps)
     inputs = open_inputs(experiment)
     layout = Layout(experiment.mesh.build())
+    attention_choice(experiment.model, layout)  # refuses what these devices cannot compute
+    require_memory(experiment.model.remat, layout)
     if layout.backend == "cpu":
         keep_freed_memory()
     weights = specs(experiment.model)
@@ -125,6 +147,9 @@ def train(experiment: Experiment, docstring: str) -> Path:
         sources=len(inputs.data.source_names),
         z_loss=experiment.z_loss,
         ema=experiment.ema,
+        length=experiment.data.sequence_length,
+        accumulate=experiment.accumulate,
+        skip=experiment.skip,
     )
     measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.languages))
     hashes = {
@@ -133,24 +158,31 @@ def train(experiment: Experiment, docstring: str) -> Path:
         "heldout": inputs.heldout.store.fingerprint,
         **hash_of_start(experiment),
     }
+    require_branch(experiment, hashes)
     embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
     facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
     folder = claim_run(experiment, docstring, hashes, facts)
     with locked(folder):
-        _go_on(Run(experiment, inputs, layout, program, measure, folder))
+        _go_on(Run(experiment, inputs, layout, program, measure, folder), trace, began)
     return folder
 
 
-def _go_on(run: Run) -> None:
+def _go_on(run: Run, trace: Trace | None, began: float) -> None:
     """Restores or begins, trains what is left, and evaluates."""
     experiment, data = run.experiment, run.inputs.data
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=experiment.keep_checkpoints)
     resume_at = checkpoints.latest
-    if resume_at is None:
-        state = first_state(experiment, run.program, run.layout)
-        progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(data.source_names)}
-    else:
+    progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(data.source_names)}
+    if resume_at is not None:
         state, progress = checkpoints.restore(run.program.state)
+    elif experiment.branch_from is not None:
+        state, progress = branched_state(experiment, run.program)
+        resume_at = int(state.step)
+    else:
+        state = first_state(experiment, run.program, run.layout)
+    if trace is not None:
+        trace.require_within(resume_at or 0, experiment.steps)
+    if "data" in progress:
         data.require_same(progress["data"], progress["row"])
     if resume_at == experiment.steps:
         log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
@@ -159,26 +191,55 @@ def _go_on(run: Run) -> None:
         run.inputs.tokenizer.save(run.folder / "tokenizer")  # so that the model can be used when the original has moved
         for outdated in ("evaluation.json", "samples.json", "report.html"):
             (run.folder / outdated).unlink(missing_ok=True)
+        clock = Clock(progress["seconds"])
+        peak = peak_of(experiment.model.compute, jax.devices()[0].device_kind, jax.device_count())
+        facts = _facts(run, peak)
+        log.info("%s", _in_words(run, facts))
         with (
-            MetricsWriter(run.folder, resume_at=resume_at or 0, facts=_facts(run)) as writer,
+            MetricsWriter(run.folder, resume_at=resume_at or 0, facts=facts) as writer,
             Progress(experiment.name, experiment.steps, resume_at or 0) as bar,
             closing(data.loader(progress["row"], run.batch_sizes, stop_row=experiment.total_rows)) as batches,
+            closing(Tracer(trace, run.folder / "trace", clock)) as tracer,
         ):
-            recorder = Recorder(experiment, data, writer, bar, Clock(progress["seconds"]), progress["tokens"])
-            state = _loop(run, state, progress["row"], batches, checkpoints, recorder)
+            recorder = Recorder(experiment, data, writer, bar, clock, progress["tokens"], peak)
+            state = _loop(run, state, progress["row"], batches, checkpoints, recorder, tracer, began)
     checkpoints.close()
     _conclude(run, state.params)
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: Run, peak: Peak) -> dict[str, Any]:
     """What may be another at each start of a run, beside its plan."""
+    experiment = run.experiment
     return {
         **environment(),
-        "stores": list(run.experiment.data.stores),
-        "workers": run.experiment.data.workers,
+        "stores": list(experiment.data.stores),
+        "workers": experiment.data.workers,
         "removed": [removed.describe() for removed in run.inputs.data.removed],
         "parity_allowed": run.inputs.parity.describe()["allowed_beyond"],
+        "mesh": {axis: size for axis, size in run.layout.mesh.shape.items() if size > 1},
+        "compute": experiment.model.compute,
+        "remat": experiment.model.remat,
+        "accumulate": experiment.accumulate,
+        "attention": dict(zip(("kernel", "why"), attention_choice(experiment.model, run.layout), strict=True)),
+        "flops_per_token": flops_per_token(experiment.model, experiment.data.sequence_length),
+        "peak_flops": peak.flops,
+        "peak_source": peak.source,
+        "mfu_formula": MFU,
     }
+
+
+def _in_words(run: Run, facts: Mapping[str, Any]) -> str:
+    """How a run is computed, in one line."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items()) or "one device"
+    kept = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    attention = facts["attention"]
+    return (
+        f"{facts['devices']}, {mesh}; {count(specs(run.experiment.model)):,} parameters, "
+        f"{type(run.experiment.optimizer).__name__}, products in {facts['compute']}, remat {facts['remat']}, "
+        f"attention {attention['kernel']} ({attention['why']}); "
+        f"{facts['flops_per_token']:.3g} FLOP a token, peak {facts['peak_flops'] / 1e12:.3g} TFLOP/s "
+        f"({facts['peak_source']}); programs are {f'kept in {kept}' if kept else 'not kept'}"
+    )
 
 
 def _loop(
@@ -188,20 +249,30 @@ def _loop(
     batches: Iterator[tuple[int, Batch]],
     checkpoints: Checkpoints,
     recorder: Recorder,
+    tracer: Tracer,
+    began: float,
 ) -> TrainState:
-    """From global row `row` to the last. The metrics of a step are fetched once the next one is under way."""
+    """From global row `row` to the last. While a step is under way, the next batch is fetched and placed, and then the
+    metrics of the step before are fetched."""
     experiment, data, heldout = run.experiment, run.inputs.data, run.inputs.heldout
-    # All sizes before the first step: one that does not fit into memory shows now, not weeks later.
-    train_step = {
-        size: run.program.compile_train(size, experiment.data.sequence_length)
-        for size in run.batch_sizes.from_row(row).sizes
-    }
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(_compiled, run, row)
+        coming = _placed(next(batches), run.layout)  # the loader starts meanwhile
+        train_step, compile_time = compiling.result()
     interval: list[StepMetrics] = []
+    first = run.batch_sizes.step_of_row(row) + 1
     recorder.clock.restart()
-    for step in range(run.batch_sizes.step_of_row(row) + 1, experiment.steps + 1):
-        with recorder.clock.waiting():
-            row, batch = next(batches)
-        state, metrics = train_step[len(batch.source)](state, run.layout.place_rows(batch))
+    for step in range(first, experiment.steps + 1):
+        row, batch = coming
+        tracer.before(step, state)
+        state, metrics = train_step[len(batch.source)](state, batch)
+        if step < experiment.steps:
+            with recorder.clock.waiting(metrics.loss):
+                coming = _placed(next(batches), run.layout)
+        tracer.after(step, metrics)
+        if step == first:
+            jax.block_until_ready(metrics)
+            recorder.first_step(step, time.perf_counter() - began, compile_time)
         if len(interval) == experiment.log_every:
             recorder.train(step - 1, interval)
             interval = []
@@ -217,11 +288,27 @@ def _loop(
             jax.block_until_ready(metrics)
         with recorder.clock.stopped():
             if evaluating:
+                start = time.perf_counter()
                 sums = measure_heldout(run.measure, state.params, heldout, run.layout, experiment.evaluate_rows)
-                recorder.heldout(step, tuple(heldout.languages), sums)
+                recorder.heldout(step, tuple(heldout.languages), sums, time.perf_counter() - start)
             if saving:
+                start = time.perf_counter()
                 checkpoints.save(step, state, {"row": row, "data": data.describe(), **recorder.progress()})
+                recorder.checkpoint(step, time.perf_counter() - start)
     return state
+
+
+def _compiled(run: Run, row: int) -> tuple[dict[int, TrainStep], CompileTimes]:
+    """The train step for all batch sizes from `row` on: what does not fit into memory shows now, not weeks later."""
+    length = run.experiment.data.sequence_length
+    with compile_times() as times:
+        steps = {size: run.program.compile_train(size, length) for size in run.batch_sizes.from_row(row).sizes}
+    return steps, times
+
+
+def _placed(item: tuple[int, Batch], layout: Layout) -> tuple[int, Batch]:
+    row, batch = item
+    return row, layout.place_rows(batch)
 
 
 def _conclude(run: Run, params: Params) -> None:

@@ -4,15 +4,26 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
+
+MFU = "mfu = useful tokens/s * flops_per_token / peak_flops"
+"""Model-FLOP utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+Useful tokens are those that are predicted: padding counts nothing. `flops_per_token` are those of `flops_per_token` in
+model/transformer.py: forward and backward, causal attention at half of the row, nothing for what is computed again. The
+time is that of training: without compilation, evaluation and saving.
+"""
 
 # Dense bf16 FLOP/s of one device as its maker states it; an MI250X shows each of its two dies as a device.
 PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "GH200": 989e12,
@@ -23,16 +34,25 @@ PEAKS = {
 }
 
 
-def peak_flops(dtype: str) -> float:
-    """FLOP/s of all devices together at best: their maker's figure, or a measured product where none is known."""
-    devices = jax.devices()
-    stated = [peak for name, peak in PEAKS.items() if name in devices[0].device_kind]
-    return len(devices) * stated[0] if stated and dtype == "bfloat16" else _measured_flops(dtype)
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of all devices together at best, and where the figure is from."""
+
+    flops: float
+    source: str
 
 
-def _measured_flops(dtype: str, seconds: float = 0.3) -> float:
-    """The best of several products of square matrices on one device, which on a CPU uses all cores."""
+def peak_of(dtype: str, device_kind: str, devices: int) -> Peak:
+    """Their maker's figure, or a measured product where none is known."""
+    stated = next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+    if stated and dtype == "bfloat16":
+        return Peak(devices * stated, f"its maker's figure, {stated / 1e12:g} TFLOP/s for each device")
     size = 1024 if jax.default_backend() == "cpu" else 8192
+    return Peak(_measured_flops(dtype, size), f"the fastest {dtype} product of {size} x {size} matrices at the start")
+
+
+def _measured_flops(dtype: str, size: int, seconds: float = 0.3) -> float:
+    """The best of several products of square matrices on one device, which on a CPU uses all cores."""
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     product(x, x).block_until_ready()
@@ -63,10 +83,12 @@ class Clock:
         self._start += time.perf_counter() - start
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, running: jax.Array) -> Iterator[None]:
+        """Around the wait for a batch; it counts unless the step that gives `running` is under way to its end."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        if running.is_ready():  # type: ignore[attr-defined]
+            self._waited += time.perf_counter() - start
 
     def lap(self) -> tuple[float, float]:
         """Seconds since the last lap, and those of them that were spent waiting."""
@@ -80,18 +102,26 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard files, after dropping what lies beyond where a run resumes."""
 
     def __init__(self, run: Path, *, resume_at: int, facts: Mapping[str, Any]) -> None:
-        self._path = run / "metrics.jsonl"
+        self._run, self._path, self._resume_at = run, run / "metrics.jsonl", resume_at
+        kind = "start"
         if self._path.exists():
             self._drop_after(resume_at)
-            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            self.write({"kind": "restart", "step": resume_at, "time": now, **facts})
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
+            kind = "restart"
+        self.write({"kind": kind, "step": resume_at, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._board.close()
+        if "_board" in self.__dict__:
+            self._board.close()
+
+    @cached_property
+    def _board(self) -> Any:
+        """Opened at the first curve: the package imports torch wherever that is installed, which takes two seconds."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._run / "tensorboard"), purge_step=self._resume_at)
 
     def write(self, record: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:

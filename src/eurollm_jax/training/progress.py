@@ -1,4 +1,7 @@
-"""The progress of a run on the terminal: a bar with loss, rate, share of the peak and time left, or lines in a file."""
+"""The progress of a run on the terminal: a bar with loss, rate, MFU and time left, or lines in a file.
+
+metrics.py says what MFU is.
+"""
 
 import sys
 import time
@@ -41,7 +44,7 @@ class Progress:
         """One record of kind "train"."""
         figures = (
             f"loss {record['loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {record['peak_share']:.0%} of peak"
+            f"{record['tokens_per_second']:,.0f} tokens/s  {record['mfu']:.0%} MFU"
         )
         self._bar.update(self._task, completed=record["step"], figures=figures)
         last = record["step"] == self._steps

@@ -76,7 +76,7 @@ class TrainRecord:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
-    peak_share: float | None
+    mfu: float | None  # model-FLOP utilisation
     data_wait: float  # share of the time
     seconds: float  # of training since the start of the run
     sources: dict[str, SourceProgress]
@@ -95,6 +95,13 @@ class EvaluationRecord:
 class RestartRecord:
     step: int
     time: str  # ISO 8601
+
+
+@dataclass(frozen=True, slots=True)
+class OtherRecord:
+    """Of a kind that is read by people, not shown here: "start", "first_step", "checkpoint" and "skipped"."""
+
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +215,12 @@ def _json(path: Path) -> Any:
         ) from None
 
 
-_KINDS = {"train": TrainRecord, "evaluation": EvaluationRecord, "restart": RestartRecord}
+_KINDS = {
+    "train": TrainRecord,
+    "evaluation": EvaluationRecord,
+    "restart": RestartRecord,
+    **dict.fromkeys(("start", "first_step", "checkpoint", "skipped"), OtherRecord),
+}
 
 
 def _metrics(path: Path) -> Metrics:

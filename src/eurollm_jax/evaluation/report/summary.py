@@ -63,8 +63,8 @@ def _training_tiles(run: Run) -> str:
     if run.plan:
         whole = last.row >= run.plan.total_rows
         done = ", the whole plan" if whole else f", {share(last.row / run.plan.total_rows)} of the plan"
-    peaks = [record.peak_share for record in train if record.peak_share is not None]
-    peak = f"; {share(float(np.median(peaks)))} of the machine's peak" if peaks else ""
+    shares = [record.mfu for record in train if record.mfu is not None]
+    peak = f"; {share(float(np.median(shares)))} of the machine's peak" if shares else ""
     speed = np.median([record.tokens_per_second for record in train])
     return (
         first

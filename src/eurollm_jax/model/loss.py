@@ -25,7 +25,7 @@ from eurollm_jax.model.transformer import forward, head
 from eurollm_jax.parallel.cpu_features import multiplies_bfloat16
 from eurollm_jax.parallel.mesh import Layout
 
-LOGITS_AT_ONCE = {"cpu": 2**23}  # per device; few enough to stay near the cache of a CPU
+LOGITS_AT_ONCE = {"cpu": 2**25}  # per device; with fewer, products become small
 LOGITS_AT_ONCE_ELSEWHERE = 2**28  # enough for large products: 1 GB in float32
 
 

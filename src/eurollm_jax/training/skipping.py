@@ -1,6 +1,7 @@
 """Steps that are left out: those whose loss or gradient is not finite, or whose gradient is far larger than usual."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,11 +54,9 @@ class SkipStep:
         taken = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
         seen = jnp.minimum(past.seen + 1, self.window)
         mean = past.mean_norm + (norm - past.mean_norm) / seen
-        after, before = (
-            Skips(mean, seen, jnp.zeros_like(past.in_a_row)),
-            Skips(past.mean_norm, past.seen, past.in_a_row + 1),
-        )
-        return taken, chosen(taken, after, before)
+        after = Skips(mean, seen, jnp.zeros_like(past.in_a_row))
+        before = Skips(past.mean_norm, past.seen, past.in_a_row + 1)
+        return taken, jax.tree.map(partial(jnp.where, taken), after, before)
 
     def require(self, step: int, in_a_row: int, loss: float, norm: float, *, ends: bool) -> None:
         """Raises UserError where more than `at_most` steps up to `step` were skipped, or more than one at the end.
@@ -74,15 +73,13 @@ class SkipStep:
             )
 
 
-def chosen(taken: Bool[Array, ""], after: Any, before: Any) -> Any:
-    """`after` where the step is taken, else `before`, but for the place of the learning rate, which goes on."""
+def left_alone(optimizer_state: Any) -> Any:
+    """The optimizer's state after a step that was skipped: as before, but for the place of the learning rate."""
 
-    def choose(after: Any, before: Any) -> Any:
-        if _is_schedule(after):
-            return after
-        return jnp.where(taken, after, before)
+    def counted(state: Any) -> Any:
+        return optax.ScaleByScheduleState(state.count + 1) if _is_schedule(state) else state
 
-    return jax.tree.map(choose, after, before, is_leaf=_is_schedule)
+    return jax.tree.map(counted, optimizer_state, is_leaf=_is_schedule)
 
 
 def _is_schedule(state: Any) -> bool:

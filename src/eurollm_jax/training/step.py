@@ -21,7 +21,7 @@ from eurollm_jax.model.param import Params, flatten, init, owner
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import Layout
 from eurollm_jax.training.gradient import mean_gradient
-from eurollm_jax.training.skipping import Skips, SkipStep, chosen, no_skips
+from eurollm_jax.training.skipping import Skips, SkipStep, left_alone, no_skips
 
 
 @struct.dataclass
@@ -116,16 +116,22 @@ def build_program(
             state.params, batch, config, layout, z_loss=z_loss, accumulate=accumulate
         )
         loss, norm = jnp.sum(nats) / jnp.maximum(jnp.sum(batch.mask), 1), optax.global_norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if moe is not None and routing is not None:
-            params = rebalanced(params, routing, moe)
-        average = None if ema is None else optax.incremental_update(params, state.ema, 1 - ema)
-        skips = state.skips
-        if skip is not None:
-            taken, skips = skip.judge(loss, norm, state.skips)
-            before = state.params, state.optimizer, state.ema
-            params, optimizer_state, average = chosen(taken, (params, optimizer_state, average), before)
+
+        def taken() -> tuple[Params, Any, Params | None]:
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            if moe is not None and routing is not None:
+                params = rebalanced(params, routing, moe)
+            average = None if ema is None else optax.incremental_update(params, state.ema, 1 - ema)
+            return params, optimizer_state, average
+
+        if skip is None:
+            skips, (params, optimizer_state, average) = state.skips, taken()
+        else:
+            # A branch, not a choice between both results, for which the state would be there twice.
+            take, skips = skip.judge(loss, norm, state.skips)
+            left = state.params, left_alone(state.optimizer), state.ema
+            params, optimizer_state, average = jax.lax.cond(take, taken, lambda: left)
         sources_sums = sum_by_source(batch, nats, jnp.asarray(token_bytes), sources)
         metrics = StepMetrics(loss, norm, sources_sums, routing, skips.in_a_row)
         return TrainState(state.step + 1, params, optimizer_state, skips, average), metrics

@@ -193,8 +193,10 @@ def test_evaluation_is_that_of_the_run(run, experiment):
 def test_recipe_compute_and_provenance(run, experiment):
     card = card_of(run, experiment)
     recipe, compute, origin = (rows_of(card, title) for title in ("Training", "Compute", "Provenance"))
-    assert recipe["Optimizer"] == ["`AdamW(b1=0.9, b2=0.97, eps=1e-08, weight_decay=0.1, clip_norm=1.0)`"]
-    assert recipe["Learning rate"] == ["`WSD(peak=0.01, warmup=2, decay=0.2, final=0.0)`"]
+    assert recipe["Optimizer"] == [
+        "`AdamW(b1=0.9, b2=0.97, eps=1e-08, weight_decay=0.1, clip_norm=1.0, base_width=None, state_dtype='float32')`"
+    ]
+    assert recipe["Learning rate"] == ["`WSD(peak=0.01, warmup=2, decay=0.2, final=0.0, shape='linear')`"]
     assert recipe["Batch"] == ["8 rows (256 tokens)"]
     assert recipe["Steps"] == ["8 of 8 planned"]
     assert recipe["Seeds"] == ["5 (weights), 3 (order of the data)"]

@@ -141,15 +141,13 @@ def orthogonalised(matrix):
 
 
 def matrices(path, value):
-    """[stacked, inputs, outputs]: each layer's, and each expert's, own matrix; a router's experts are such, too."""
+    """[stacked, inputs, outputs]: each layer's, and each expert's, own matrix; a router's goes to the experts."""
     shapes = {
         "layers/output": (2, 6, 4),
         "layers/query": (2, 4, 6),
         "layers/experts/up": (6, 4, 5),
-        "layers/router": (6, 4, 1),
+        "layers/router": (2, 4, 3),
     }
-    if path == "layers/router":
-        return np.moveaxis(value, 1, 2).reshape(shapes[path])
     return value.reshape(shapes[path])
 
 
@@ -167,7 +165,7 @@ def test_muon_is_newton_schulz_on_a_nesterov_momentum_and_adamw_for_the_rest(sta
             return ahead / (np.sqrt(squares / (1 - 0.95**step)) + 1e-8)
         stacked = matrices(path, ahead)
         moved = np.stack([orthogonalised(matrix) for matrix in stacked]) * 0.3 * np.sqrt(max(stacked.shape[1:]))
-        return np.moveaxis(moved.reshape(2, 3, 4), 1, 2) if path == "layers/router" else moved.reshape(param.shape)
+        return moved.reshape(param.shape)
 
     assert_same(ours(optimizer, start, gradients), by_hand(direction, optimizer, start, gradients), rtol=2e-4)
 
@@ -199,10 +197,10 @@ def test_adafactor_is_that_of_optax_on_each_matrix_alone(relative, start, gradie
     )
 
     def cut(path, value):
-        """Into matrices, and layers' gains into vectors; here, a router is a matrix to its experts."""
+        """Into matrices, and layers' gains into vectors."""
         if path in {"embedding", "head"}:
             return [value]
-        return list(value if path in {"layers/norm", "layers/router"} else matrices(path, value))
+        return list(value if path == "layers/norm" else matrices(path, value))
 
     def all_cut(tree):
         return {path: cut(path, np.float32(value)) for path, value in tree.items()}

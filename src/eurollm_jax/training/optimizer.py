@@ -174,4 +174,6 @@ def _matrix(spec: Param) -> optax.contrib.MuonDimensionNumbers | None:
         return None
     inner = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.fan_in)
     outer = tuple(i for i, axis in enumerate(spec.axes) if axis not in (*spec.fan_in, "layers", "experts"))
+    if not outer:  # a router's experts are the columns of one matrix
+        outer = (spec.axes.index("experts"),)
     return optax.contrib.MuonDimensionNumbers(inner, outer)

@@ -114,6 +114,12 @@ def test_transformers_computes_the_same_logits(config, tokenizer, tmp_path):
     np.testing.assert_allclose(our_logits(params, ids), theirs, rtol=0, atol=1e-4)
 
 
+def test_how_a_model_was_computed_does_not_keep_it_from_being_exported(tokenizer, tmp_path):
+    computed = replace(AWKWARD, remat="attention", attention_kernel="blockwise")
+    export(random_params(computed), computed, tokenizer, tmp_path / "a")
+    assert replace(load(tmp_path / "a")[0], compute="float32") == AWKWARD
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("max_shard_bytes", [1, 20_000, 10**9])
 def test_load_gives_back_what_was_exported_rounded_to_its_dtype(dtype, max_shard_bytes, tokenizer, tmp_path):

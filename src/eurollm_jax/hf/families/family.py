@@ -76,7 +76,8 @@ def canonical(config: TransformerConfig) -> TransformerConfig:
         mlp = replace(mlp, z_loss=0.0, balance=BalanceBias() if isinstance(mlp.balance, BalanceBias) else None)
     pattern = shortest_pattern([config.kind(layer) for layer in range(config.depth)])
     scale = None if config.attention_scale == config.head_dim**-0.5 else config.attention_scale
-    return replace(config, mlp=mlp, pattern=pattern, attention_scale=scale, compute="bfloat16", remat="full")
+    computed = dict(compute="bfloat16", remat="full", attention_kernel="auto")
+    return replace(config, mlp=mlp, pattern=pattern, attention_scale=scale, **computed)  # type: ignore[arg-type]
 
 
 def shortest_pattern(kinds: list[Attention]) -> tuple[Attention, ...]:

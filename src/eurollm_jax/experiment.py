@@ -1,7 +1,6 @@
 """Experiment: the frozen tree of all that a run needs, and the directory that the run lives in."""
 
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -12,8 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,17 +29,21 @@ from eurollm_jax.model import config as model_config
 from eurollm_jax.model.config import BalanceLoss, MoE, TransformerConfig
 from eurollm_jax.parallel.mesh import MeshConfig
 from eurollm_jax.training.optimizer import Adafactor, AdamW, AdEMAMix, Lion, Muon
+from eurollm_jax.training.rollback import RollBack
+from eurollm_jax.training.saving import Saving
 from eurollm_jax.training.schedule import WSD, Constant, Cosine, Linear
 from eurollm_jax.training.skipping import SkipStep
+from eurollm_jax.training.watchdog import Watch
 
 RECORDED_PACKAGES = ("eurollm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
-CADENCE = ("log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
+CADENCE = ("log_every", "evaluate_every", "evaluate_rows", "checkpoint_every")
 COUNTS = ("steps", "batch_size", "accumulate", *CADENCE)
 PATHS = ("tokenizer", "heldout", "start_from", "branch_from", "runs")  # the hashes of what they point to decide
 
-NOT_IDENTITY = frozenset(("mesh", "accumulate", "parity", *CADENCE, *PATHS))
-"""Fields that do not change what is learnt: where it is computed, what may be begun, and how often one looks."""
+NOT_IDENTITY = frozenset(("mesh", "accumulate", "parity", "saving", "watch", "rollback", *CADENCE, *PATHS))
+"""Fields that do not change what is learnt: where it is computed, what may be begun, how often one looks, and how a run
+is kept from being lost. (What a roll-back did is in the checkpoints.)"""
 
 NOT_IDENTITY_OF_DATA = ("store", "workers", "removed")
 """Of `data`, the same. Stores are known by their hashes, and removals may come in the middle of a run: the checkpoint
@@ -50,6 +52,9 @@ says which it has seen (`Data.require_same`)."""
 
 NOT_IDENTITY_OF_MODEL = ("remat", "attention_kernel")
 """Of `model`, the same: how it is computed."""
+
+CHANGEABLE = ("steps", "schedule", "batch_size", "batch_ramp", "data.mixture")
+"""What may change in the course of a run, for what is not trained yet."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Experiment:
     evaluate_every: int = 1000
     evaluate_rows: int = 16  # of each source, at intervals; the evaluation at the end reads all
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
+    saving: Saving = dataclasses.field(default_factory=Saving)
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    rollback: RollBack | None = dataclasses.field(default_factory=RollBack)  # what a run does that diverges
     runs: str = "runs"
 
     def __post_init__(self) -> None:
@@ -112,6 +119,18 @@ class Experiment:
     @property
     def total_rows(self) -> int:
         return self.batch_sizes.row_of_step(self.steps)
+
+    def has_permanent_checkpoint(self, step: int) -> bool:
+        """Whether the run saves its state after `step` whatever the clock says, for good or among the last few."""
+        cadences = [every for every in (self.checkpoint_every, self.saving.every) if every is not None]
+        return step in (self.steps, self.decay_begins) or any(step % every == 0 for every in cadences)
+
+    @property
+    def decay_begins(self) -> int | None:
+        """Steps that are done when the schedule's cooldown begins, where it has one and that is to be kept."""
+        if not self.saving.before_decay or not isinstance(self.schedule, WSD):
+            return None
+        return self.schedule.decay_begins(self.steps)
 
     @property
     def run(self) -> Path:
@@ -148,8 +167,18 @@ def fingerprint(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def claim_run(experiment: Experiment, docstring: str, inputs: Mapping[str, str], facts: Mapping[str, Any]) -> Path:
-    """Makes the run directory, or refuses one that belongs to another experiment, naming the differences."""
+def claim_run(
+    experiment: Experiment,
+    docstring: str,
+    inputs: Mapping[str, str],
+    facts: Mapping[str, Any],
+    *,
+    accept_changes: bool = False,
+) -> Path:
+    """Makes the run directory, or refuses one that belongs to another experiment, naming the differences.
+
+    With `accept_changes`, differences in what may change in the course of a run are left to `training.amend`.
+    """
     run, mine = experiment.run, identity(experiment, inputs)
     record_path = run / "experiment.json"
     if record_path.exists():
@@ -158,10 +187,14 @@ def claim_run(experiment: Experiment, docstring: str, inputs: Mapping[str, str],
                 f"{run} holds a model that was imported: give this experiment another name "
                 f"(it begins with that model where start_from={str(run)!r})."
             )
-        if differing := differences(read_record(run)["identity"], mine):
+        differing = differences(read_record(run)["identity"], mine)
+        fixed = [difference for difference in differing if not _may_change(difference)]
+        if fixed or (differing and not accept_changes):
+            named = fixed if accept_changes else differing
+            accepting = "; --accept-changes goes on with it where what is trained already stays as it was"
             raise UserError(
-                f"{run} holds another experiment ({'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}): "
-                "give this one another name, or move that directory away."
+                f"{run} holds another experiment ({'; '.join(named[:4])}{' ...' if len(named) > 4 else ''}): "
+                f"give this one another name, or move that directory away{'' if fixed else accepting}."
             )
         return run
     if run.exists() and any(run.iterdir()):
@@ -181,6 +214,10 @@ def claim_run(experiment: Experiment, docstring: str, inputs: Mapping[str, str],
     return run
 
 
+def _may_change(difference: str) -> bool:
+    return any(difference.startswith((f"{field} ", f"{field}.", f"{field}[")) for field in CHANGEABLE)
+
+
 def environment() -> dict[str, Any]:
     """What computes: recorded when a run begins and whenever it goes on."""
     cores = f" of {os.cpu_count()} cores" if jax.default_backend() == "cpu" else ""
@@ -189,19 +226,6 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
         "code": _commit(),
     }
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Holds a run directory; UserError while another process does. A dead process holds nothing."""
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process trains in {run}: wait for it, or choose another name.") from None
-        except OSError:
-            pass  # some cluster file systems have no locks
-        yield
 
 
 def read_record(run: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from eurollm_jax.data.loader import DataConfig
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.experiment import Experiment
 from eurollm_jax.model.config import Gated, TransformerConfig
+from eurollm_jax.training.saving import Saving
 from eurollm_jax.training.schedule import WSD
 
 
@@ -53,5 +54,6 @@ def experiment(tiny, tokenizer, store, heldout, tmp_path):
         evaluate_every=5,
         evaluate_rows=2,
         checkpoint_every=4,
+        saving=Saving(before_decay=False),
         runs=str(tmp_path / "runs"),
     )

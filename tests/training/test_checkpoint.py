@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from eurollm_jax.errors import UserError
 from eurollm_jax.training import checkpoint
 from eurollm_jax.training.checkpoint import MANIFEST, Checkpoints, faults, write_checkpoint
+from eurollm_jax.training.manifest import agreed_faults
+from eurollm_jax.training.saving import Saving
 
 
 def state(seed):
@@ -56,7 +58,7 @@ def assert_is(result, step):
 
 
 def test_the_newest_comes_back_and_old_ones_go(tmp_path):
-    saved(tmp_path, 1, 2, 3, keep=2)
+    saved(tmp_path, 1, 2, 3, saving=Saving(last=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
     assert_is(restored(tmp_path), 3)
 
@@ -72,32 +74,122 @@ def test_the_manifest_is_committed_with_the_files_it_names(tmp_path):
     subprocess.run(["sha256sum", "--check", "--quiet", MANIFEST], cwd=tmp_path / "1", check=True)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damage_to_any_file_is_found_and_the_one_before_used(tmp_path, caplog, damage):
-    saved(tmp_path, 1)
-    names = [line.split("  ")[1] for line in (tmp_path / "1" / MANIFEST).read_text().splitlines()]
-    original = {name: (tmp_path / "1" / name).read_bytes() for name in names}
-    for name, content in original.items():
-        path = tmp_path / "1" / name
-        if damage == "flip" and content:
-            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        elif damage == "truncate" and content:
-            path.write_bytes(content[:-1])
-        else:
-            path.unlink()
-        assert len(faults(tmp_path / "1")) == 1, name
-        path.write_bytes(content)
-    assert faults(tmp_path / "1") == []
+def flipped(content, dice):
+    at = int(dice.integers(8 * len(content)))
+    return content[: at // 8] + bytes([content[at // 8] ^ (1 << at % 8)]) + content[at // 8 + 1 :]
 
-    saved(tmp_path, 2)
-    largest = max(names, key=lambda name: len(original[name]) if (tmp_path / "2" / name).exists() else 0)
-    path = tmp_path / "2" / largest
+
+def zeroed(content, dice):
+    """A page of 4 kB that was not zeros."""
+    pages = [start for start in range(0, len(content), 4096) if any(content[start : start + 4096])]
+    start = int(dice.choice(pages))
+    return content[:start] + bytes(len(content[start : start + 4096])) + content[start + 4096 :]
+
+
+DAMAGES = {
+    "flip a bit": flipped,
+    "zero a page": zeroed,
+    "truncate": lambda content, dice: content[: int(dice.integers(len(content)))],
+    "cut at the end of a line": lambda content, dice: content[: content.rstrip().rfind(b"\n") + 1],
+    "delete": lambda content, dice: None,
+}
+
+
+def test_damage_to_any_file_is_found_and_the_one_before_is_restored(tmp_path):
+    """Every file, of those that Orbax writes and of ours, each in every way; how many there were is printed."""
+    saved(tmp_path / "run", 1, 2)
+    whole = tmp_path / "run" / "2"
+    files = {path.relative_to(whole).as_posix(): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert {MANIFEST, "about.json", "progress/metadata", "_CHECKPOINT_METADATA", "state/_METADATA"} <= files.keys()
+    dice = np.random.default_rng(0)
+    tried = dict.fromkeys(DAMAGES, 0)
+    for name, content in files.items():
+        for kind, damage in DAMAGES.items():
+            left = damage(content, dice)
+            if left == content:
+                continue
+            if left is None:
+                (whole / name).unlink()
+            else:
+                (whole / name).write_bytes(left)
+            assert faults(whole), (kind, name)
+            assert_is(restored(tmp_path / "run"), 1)
+            (aside,) = (tmp_path / "run").glob("2.damaged-*")
+            aside.rename(whole)
+            (whole / name).write_bytes(content)
+            tried[kind] += 1
+    print(f"{len(files)} files, found and passed over: {tried}")
+    assert all(count >= len(files) - 3 for kind, count in tried.items() if "line" not in kind)
+    assert tried["cut at the end of a line"] >= 1  # the manifest, which then names fewer files
+    assert_is(restored(tmp_path / "run"), 2)
+
+
+def test_a_damaged_checkpoint_is_named_and_its_step_can_be_saved_again(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    path = max((tmp_path / "2").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with caplog.at_level(logging.ERROR):
         assert_is(restored(tmp_path), 1)
-    assert f"{tmp_path / '2'} is damaged ({largest} is not what was written)" in caplog.text
-    saved(tmp_path, 2)  # the step can be saved again
+    assert f"{tmp_path / '2'} is damaged ({path.relative_to(tmp_path / '2')} is not what was written)" in caplog.text
+    saved(tmp_path, 2)
     assert_is(restored(tmp_path), 2)
+
+
+def test_files_that_people_add_are_no_damage(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "1" / "README.txt").write_text("The one that went into the paper.")
+    (tmp_path / "1" / "state" / ".nfs0001").write_text("")
+    assert faults(tmp_path / "1") == []
+    (tmp_path / "1" / "state" / "more").write_text("")
+    assert faults(tmp_path / "1") == [f"state/more is not in {MANIFEST}"]
+
+
+@pytest.mark.parametrize("wrong", ["shape", "missing"])
+def test_what_does_not_fit_is_said_in_a_sentence(tmp_path, wrong):
+    """Orbax says it in up to megabytes."""
+    saved(tmp_path, 1)
+    wanted = state(0)
+    if wrong == "shape":
+        wanted["params"]["w"] = jax.numpy.zeros((64, 34))
+    else:
+        wanted["params"]["bias"] = jax.numpy.zeros(3)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"is as it was written and does not fit .* begin with its weights") as said:
+        checkpoints.restore(abstract(wanted))
+    assert len(str(said.value)) < 800
+    assert "\n" not in str(said.value)
+
+
+def test_a_state_that_is_donated_at_once_is_stored_as_it_was(tmp_path):
+    """The next step writes to the same memory while the files are still being written."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    tree = {"params": {f"w{i}": jax.numpy.full((512, 1024), i, jax.numpy.float32) for i in range(8)}}
+    wanted = abstract(tree)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, tree, {})
+    for _ in range(3):
+        tree = step(tree)
+    assert float(tree["params"]["w7"][0, 0]) == 10
+    checkpoints.wait()
+    stored, _ = checkpoints.restore(wanted)
+    for i in range(8):
+        np.testing.assert_array_equal(stored["params"][f"w{i}"], np.full((512, 1024), i, np.float32))
+    checkpoints.close()
+
+
+def test_the_rule_decides_what_stays(tmp_path):
+    """Temporary ones go with the next; the best and the one before the decay stay."""
+    seen = []
+    checkpoints = Checkpoints(
+        tmp_path, saving=Saving(last=1, best=1), permanent=lambda step: step % 2 == 0, decay_begins=4
+    )
+    for step, score in ((1, None), (2, 0.5), (3, None), (4, None), (5, None), (6, 0.75), (7, None)):
+        checkpoints.save(step, state(step), {"row": 10 * step}, score=score)
+        checkpoints.wait()
+        seen.append(sorted(int(path.name) for path in tmp_path.iterdir()))
+    assert seen == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [2, 4, 6], [2, 4, 6, 7]]
+    assert checkpoints.permanent_steps() == [2, 4, 6]
+    checkpoints.close()
 
 
 def test_nothing_to_restore_is_said_plainly(tmp_path):
@@ -109,12 +201,17 @@ def test_nothing_to_restore_is_said_plainly(tmp_path):
 def hashed(monkeypatch):
     """The folders that were verified, in order."""
     verified = []
-    monkeypatch.setattr(checkpoint, "faults", lambda folder: verified.append(int(folder.name)) or faults(folder))
+
+    def spy(folder, topic):
+        verified.append(int(folder.name))
+        return agreed_faults(folder, topic)
+
+    monkeypatch.setattr(checkpoint, "agreed_faults", spy)
     return verified
 
 
 def test_steps_are_those_of_sound_checkpoints_and_each_is_hashed_once(tmp_path, caplog, hashed):
-    saved(tmp_path, 1, 2, 10, keep=5)
+    saved(tmp_path, 1, 2, 10, saving=Saving(last=5))
     (tmp_path / "2" / "progress" / "metadata").write_text("{}")
     hashed.clear()
     reader = Checkpoints(tmp_path, read_only=True)
@@ -134,11 +231,11 @@ def test_steps_are_those_of_sound_checkpoints_and_each_is_hashed_once(tmp_path, 
 
 
 def test_too_few_checkpoints_for_an_average_are_counted(tmp_path):
-    saved(tmp_path, 1, 2, 3, keep=3)
+    saved(tmp_path, 1, 2, 3, saving=Saving(last=3))
     reader = Checkpoints(tmp_path, read_only=True)
     two = np.mean([state(seed)["params"]["w"] for seed in (2, 3)], axis=0, dtype=np.float64).astype(np.float32)
     np.testing.assert_array_equal(reader.averaged(2).read("w"), two)
-    with pytest.raises(UserError, match=r"holds 3 sound checkpoints, too few for .* keep_checkpoints=4 or more"):
+    with pytest.raises(UserError, match=r"holds 3 sound checkpoints, too few for .* saving.last=4 or more"):
         reader.averaged(4)
     (tmp_path / "2" / MANIFEST).unlink()
     with pytest.raises(UserError, match="holds 2 sound checkpoints"):
@@ -209,7 +306,7 @@ def test_a_checkpoint_written_in_pieces_is_restored_onto_any_sharding(tmp_path):
     subprocess.run(["sha256sum", "--check", "--quiet", MANIFEST], cwd=tmp_path / "run" / "0", check=True)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     checkpoints = Checkpoints(tmp_path / "run", read_only=True)
-    assert checkpoints.steps() == [0]
+    assert checkpoints.steps() == checkpoints.permanent_steps() == [0]
     spreads = {
         "nothing": lambda x: P(),
         "last axis": lambda x: P(*[None] * (x.ndim - 1), "a"),

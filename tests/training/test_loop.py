@@ -86,6 +86,9 @@ def command_of(experiment, folder):
         "from eurollm_jax.model.config import *\n"
         "from eurollm_jax.data.loader import DataConfig\n"
         "from eurollm_jax.corpus.tokenizing.parity import Parity\n"
+        "from eurollm_jax.training.saving import Saving\n"
+        "from eurollm_jax.training.watchdog import Watch\n"
+        "from eurollm_jax.training.rollback import RollBack\n"
         f"EXPERIMENT = {experiment!r}\n"
     )
     return [sys.executable, "-m", "eurollm_jax", "train", str(module)]
@@ -160,9 +163,9 @@ def test_nothing_is_fetched_before_the_next_step_is_under_way(experiment, monkey
 
         return dispatched
 
-    def noting_records(self, step, interval):
+    def noting_records(self, step):
         happened.append(f"record {step}")
-        return record(self, step, interval)
+        return record(self, step)
 
     monkeypatch.setattr(Data, "loader", noting_batches)
     monkeypatch.setattr(Program, "compile_train", noting_steps)
@@ -326,7 +329,7 @@ def test_the_run_directory_holds_what_it_promises(experiment, undisturbed, heldo
         assert figures["bytes"] == source.bytes
         assert figures["bits_per_byte"] == pytest.approx(figures["nats"] / np.log(2) / source.bytes)
     lines = metrics(undisturbed)
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 4, 7, 8, 11, 12]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [5, 10, 12]
     last = [line for line in lines if line["kind"] == "train"][-1]
     assert sum(source["rows"] for source in last["sources"].values()) == experiment.total_rows

@@ -20,6 +20,7 @@ from eurollm_jax.model.param import flatten
 from eurollm_jax.training import loop
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.loop import train
+from eurollm_jax.training.saving import Saving
 from eurollm_jax.training.schedule import WSD
 from eurollm_jax.training.start import first_state
 
@@ -183,7 +184,7 @@ def test_exports_carry_the_average_in_closed_form(going_on, start, tmp_path):
     from eurollm_jax.cli import main
 
     decay = 0.7
-    run = train(dataclasses.replace(going_on, ema=decay, checkpoint_every=1, keep_checkpoints=6), "")
+    run = train(dataclasses.replace(going_on, ema=decay, checkpoint_every=1, saving=Saving(last=6)), "")
     held = [weights(start), *(weights(run, step) for step in range(1, 7))]
     assert main(["export", str(run), str(tmp_path / "out"), "--ema", "--dtype", "float32"]) == 0
     for path, index, value in HubFolder(tmp_path / "out").pieces():

@@ -73,7 +73,7 @@ def sharded(on_mesh, tmp_path_factory):
 def unchunked(on_mesh, tmp_path_factory):
     """As a run saved it before there were pieces: one chunk for each device's part of a weight."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eurollm_jax.training.checkpoint.save_args", lambda state: None)
+        patch.setattr("eurollm_jax.training.commit.save_args", lambda state: None)
         return save(tmp_path_factory.mktemp("unchunked"), {"params": tree_of(on_mesh)})
 
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from eurollm_jax import __version__
-from eurollm_jax.cli import corpus, experiments, mix, models, tokenizer
+from eurollm_jax.cli import checkpoints, corpus, experiments, mix, models, tokenizer
 from eurollm_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 1 for what the user can mend, 2 for unknown options."""
+    """Runs one command and returns the exit status: 0, that of the error (errors.py), or 2 for unknown options."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("eurollm_jax").setLevel(logging.INFO)
     arguments, unknown = _parser().parse_known_args(argv)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except UserError as error:
         print(f"eurollm: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"eurollm: {error.filename} cannot be used ({error.strerror}): give another path.", file=sys.stderr)
         return 1
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eurollm", description="Pre-trains models for the languages of Europe.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (corpus, tokenizer, mix, experiments, models):
+    for part in (corpus, tokenizer, mix, experiments, checkpoints, models):
         part.add(commands)
     return parser
 

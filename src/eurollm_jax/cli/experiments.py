@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def add(commands: Subcommands) -> None:
     train = command(commands, "train", _train, "train an experiment, or go on where it stopped")
-    _with_trace(train)
+    _with_run_options(train)
     with_experiment(train)
     with_experiment(
         command(commands, "show", _show, "print the resolved experiment and what it will read, without training")
@@ -30,31 +31,72 @@ def add(commands: Subcommands) -> None:
     report.add_argument("run", type=Path, help="a run directory; of an imported one, what it is made of is printed")
 
 
-def _with_trace(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _with_run_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What concerns this start of a run alone, and so is no field of the experiment."""
     parser.add_argument(
         "--trace",
         metavar="FIRST:LAST",
         help="profile these steps, such as 20:23; the run's folder trace/ is for TensorBoard and Perfetto",
     )
+    parser.add_argument(
+        "--time-limit",
+        type=_seconds,
+        metavar="HH:MM:SS",
+        help="save and end with status 75 before so much time has passed; the same command goes on",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with a run whose mixture, batch sizes or schedule are others from here on; it is recorded",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 of several listens (Slurm and Open MPI are recognised without this)",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes train, with --coordinator")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
     return parser
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2}):(\d{2})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write it as 23:50:00 or 1-12:00:00")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
-    # It is no field of the experiment, and stands before its file or among the fields after it.
-    options = _with_trace(argparse.ArgumentParser(prog=arguments.parser.prog, add_help=False, allow_abbrev=False))
-    options.set_defaults(trace=arguments.trace)
+    # Such an option stands before the experiment's file or among the fields after it.
+    options = _with_run_options(argparse.ArgumentParser(prog=arguments.parser.prog, add_help=False, allow_abbrev=False))
+    options.set_defaults(
+        **{name: value for name, value in vars(arguments).items() if name in vars(options.parse_args([]))}
+    )
     after, arguments.fields = options.parse_known_args(arguments.fields)
     experiment, docstring = experiment_of(arguments)  # which may print its fields and exit, before the imports below
 
+    from eurollm_jax.parallel.distributed import Coordination, connect
     from eurollm_jax.parallel.programs import keep_programs
     from eurollm_jax.training.loop import train
     from eurollm_jax.training.trace import Trace
 
+    by_hand = (after.coordinator, after.processes, after.process)
+    if any(value is not None for value in by_hand) and None in by_hand:
+        raise UserError("--coordinator, --processes and --process belong together: give all three or none.")
     trace = None if after.trace is None else Trace.parse(after.trace)
-    _architecture(experiment.model)
     keep_programs()
-    train(experiment, docstring, trace=trace, began=began)
+    connect(None if after.coordinator is None else Coordination(*by_hand))
+    _architecture(experiment.model)
+    train(
+        experiment,
+        docstring,
+        trace=trace,
+        began=began,
+        time_limit=after.time_limit,
+        accept_changes=after.accept_changes,
+    )
 
 
 def _architecture(model: "TransformerConfig") -> str | None:
@@ -74,7 +116,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from eurollm_jax.experiment import encode
     from eurollm_jax.model.param import count
     from eurollm_jax.model.transformer import flops_per_token, specs
-    from eurollm_jax.training.loop import open_inputs
+    from eurollm_jax.training.inputs import open_inputs
 
     experiment, docstring = experiment_of(arguments)
     inputs = open_inputs(experiment)

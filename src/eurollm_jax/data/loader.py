@@ -5,10 +5,13 @@ resume, on any number of hosts and with any batch size, is one integer: the next
 """
 
 import hashlib
+import signal
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +23,7 @@ from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.data.best_fit import BestFitPacking
 from eurollm_jax.data.groups import SourceSize
+from eurollm_jax.data.jumps import NO_JUMPS, Jumps
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.data.order import Order
 from eurollm_jax.data.packing import ConcatPacking, Packing, lay_out, reads_of
@@ -32,6 +36,8 @@ ORDER_RULE = "Huffman splits, 8 Feistel rounds over splitmix64, batches sorted b
 """Part of `Data.describe`: change it whenever the same mixture, seed and store would give another order."""
 
 _BLOCK = 4096  # rows that are located at once: numpy's overhead per call is then shared by many rows
+
+FOR_THE_PARENT = (signal.SIGTERM, signal.SIGUSR1)  # requests to stop, which are no business of a worker's
 
 
 Kind = Literal["concat", "best-fit"]
@@ -122,10 +128,13 @@ class Data:
     def require_same(self, saved: Mapping[str, Any], row: int) -> None:
         """UserError that names the differences if `saved`, a checkpoint's `describe()`, is not of the same data.
 
-        `row` is the next to be trained on. Removals that begin there or later may be new or gone.
+        `row` is the next data row to be trained on. Stages of the mixture and removals that begin there or later may be
+        others, new or gone.
         """
         mine = self.describe()
-        found = differences({**saved, "removed": None}, {**mine, "removed": None})
+        same_past = _begun(saved["schedule"], row) == _begun(mine["schedule"], row)
+        compared = {**mine, "schedule": saved["schedule"]} if same_past else mine
+        found = differences({**saved, "removed": None}, {**compared, "removed": None})
         found += changed_removals(saved["removed"], mine["removed"], row)
         if found:
             raise UserError(
@@ -159,20 +168,28 @@ class Data:
         stop_row: int | None = None,
         threads: int = 1,
         ahead: int = 2,
+        jumps: Jumps = NO_JUMPS,
     ) -> Generator[tuple[int, Batch]]:
         """(next row, this host's part of the batch), batch after batch, through Grain.
 
         `threads` read ahead by `ahead` batches, or each of `config.workers` processes does. One thread costs the least
         processor time; more help where a file system is slow to answer. The next row is the whole state:
         `loader(next_row, ...)` goes on where this one stopped. The last batch is the first that reaches `stop_row` (it
-        may run past it); without `stop_row` there is no last batch. Close the iterator, or let go of it, to end its
+        may run past it); without `stop_row` there is no last batch. With `jumps`, these are the rows that are consumed,
+        and a jump that does not lie between two batches is a UserError. Close the iterator, or let go of it, to end its
         threads and processes.
         """
         sizes = (BatchSizes(batch_size) if isinstance(batch_size, int) else batch_size).from_row(first_row)
         for size in sizes.sizes:
             _check_dealing(first_row, size, host, hosts)
+        for at, rows in jumps.taken:
+            if at > first_row and sizes.row_of_step(sizes.step_of_row(at)) != at:
+                raise UserError(
+                    f"{rows} rows are to be left out once {at} are consumed, and no batch begins there: keep the batch "
+                    "sizes of the run that has left them out"
+                )
         batches = sys.maxsize if stop_row is None else sizes.steps(stop_row)
-        return _iterate(_Batches(self, sizes, host, hosts, batches), self.config.workers, threads, ahead)
+        return _iterate(_Batches(self, sizes, host, hosts, batches, jumps), self.config.workers, threads, ahead)
 
 
 def open_data(config: DataConfig, total_rows: int) -> Data:
@@ -213,6 +230,7 @@ class _Batches:
     host: int
     hosts: int
     batches: int
+    jumps: Jumps
 
     def __len__(self) -> int:
         return self.batches
@@ -220,7 +238,7 @@ class _Batches:
     def __getitem__(self, step: int) -> tuple[int, Batch]:
         row = self.sizes.row_of_step(int(step))
         size = self.sizes.size_at(row)
-        return row + size, self.data.batch(row, size, self.host, self.hosts)
+        return row + size, self.data.batch(self.jumps.data_row(row), size, self.host, self.hosts)
 
 
 def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Generator[tuple[int, Batch]]:
@@ -234,18 +252,38 @@ def _iterate(batches: _Batches, workers: int, threads: int, ahead: int) -> Gener
         alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(alone).mp_prefetch(options, _start_worker))
+        starting: AbstractContextManager[None] = _deaf_children()
     else:
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
         iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(reading))
+        starting = nullcontext()
     try:
-        yield from iterator
+        with starting:
+            first = next(iterator, None)
+        if first is not None:
+            yield first
+            yield from iterator
     finally:
         iterator.close()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are started here are not ended by a request to stop, which schedulers send to all that they find:
+    the batches that they read are needed until the training process has stopped."""
+    resource_tracker.ensure_running()  # its start would undo this
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(index: int, count: int) -> None:
     from eurollm_jax.corpus.preparing.processes import follow_parent
 
+    for number in FOR_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
     follow_parent()  # Grain's workers wait for a killed parent for ever, with their batches in shared memory
 
 
@@ -261,6 +299,11 @@ def _located(order: Order, start: int, stop: int) -> tuple[Int64[np.ndarray, " n
 def _located_block(order: Order, block: int) -> tuple[np.ndarray, np.ndarray]:
     source, _, row = order.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
     return source, row
+
+
+def _begun(schedule: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """What of a schedule's `describe()` decides the rows before `row`."""
+    return {**schedule, "stages": [stage for stage in schedule["stages"] if stage["start"] < row]}
 
 
 def _check_dealing(first_row: int, batch_size: int, host: int, hosts: int) -> None:

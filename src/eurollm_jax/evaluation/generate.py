@@ -18,6 +18,7 @@ from eurollm_jax.errors import UserError
 from eurollm_jax.model.config import TransformerConfig
 from eurollm_jax.model.param import Params, map_with_path
 from eurollm_jax.model.transformer import Cache, empty_cache, extend, logits
+from eurollm_jax.parallel.distributed import fetched
 from eurollm_jax.parallel.mesh import Layout
 
 PAD_TO = 32  # prompts are padded to a multiple of this, so that most calls find the program compiled
@@ -120,7 +121,7 @@ def generate(
     written: list[Continuation] = []
     for until in range(look_every, max_new_tokens + look_every, look_every):
         state = _write(params, state, ended, min(until, max_new_tokens), dice, program)
-        rows = np.asarray(state.written)[: len(prompts), :until].tolist()
+        rows = fetched(state.written)[: len(prompts), :until].tolist()
         written = [_continuation(row, tokenizer, stops) for row in rows]
         ended[: len(prompts)] = [continuation.reason != "length" for continuation in written]
         if ended.all():

@@ -88,10 +88,20 @@ def build_measure(
 
 
 def measure_heldout(
-    measure: Measure, params: Params, heldout: HeldOut, layout: Layout, rows_per_source: int | None = None
+    measure: Measure,
+    params: Params,
+    heldout: HeldOut,
+    layout: Layout,
+    rows_per_source: int | None = None,
+    *,
+    alive: Callable[[], None] = lambda: None,
 ) -> SourceSums:
-    """Sums over the first rows of every source (default: all), in float64 and int64."""
-    parts = [measure(params, layout.place_rows(batch)) for batch in heldout.batches(rows_per_source)]
+    """Sums over the first rows of every source (default: all), in float64 and int64. `alive` is called at each batch:
+    all of a large store takes longer than a watchdog waits."""
+    parts = []
+    for batch in heldout.batches(rows_per_source):
+        parts.append(measure(params, layout.place_rows(batch)))
+        alive()
     nats, tokens, byte_counts = (np.stack(field) for field in zip(*jax.device_get(parts), strict=True))
     return SourceSums(nats.sum(0, np.float64), tokens.sum(0, np.int64), byte_counts.sum(0, np.int64))
 

@@ -160,9 +160,33 @@ class Layout:
         """Of anything whose first axis is the batch."""
         return self.activation(("batch",))
 
-    def place_rows(self, tree: Any) -> Any:
-        """Numpy arrays whose first axis is the batch, as device arrays dealt out by rows."""
-        return jax.device_put(tree, self.rows)
+    def place_rows(self, tree: Any, part: int = 0, parts: int = 1) -> Any:
+        """Numpy arrays whose first axis is the batch, as global arrays dealt out by rows. Of a batch in so many `parts`
+        this process has one, which holds the rows of its devices (see `part_of_rows`)."""
+        return jax.tree.map(lambda rows: self._place(rows, part, parts), tree)
+
+    def _place(self, rows: np.ndarray, part: int, parts: int) -> jax.Array:
+        before = part * len(rows)
+
+        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(parts * len(rows))
+            return rows[(slice(start - before, stop - before), *index[1:])]
+
+        return jax.make_array_from_callback((parts * len(rows), *rows.shape[1:]), self.rows, of_device)
+
+    def part_of_rows(self, sizes: Sequence[int]) -> tuple[int, int]:
+        """(part, parts): into how many equal parts batches of these sizes fall so that one of them holds all rows of
+        this process's devices, and which one does. Processes that share a row, as those of a tensor axis do, have the
+        same part."""
+        ways = self.ways("batch")
+        mine = self.rows.addressable_devices_indices_map((ways,))
+        places = [index[0].indices(ways) for index in mine.values() if index is not None]
+        first, last = min(start for start, _, _ in places), max(stop for _, stop, _ in places) - 1
+        for parts in reversed(_divisors(ways)):
+            if first * parts // ways == last * parts // ways and all(size % parts == 0 for size in sizes):
+                return first * parts // ways, parts
+        return 0, 1
 
     def constrain(self, x: Array, *axes: str) -> Array:
         """`x` with the sharding that its logical axes ask for, stated to the compiler."""

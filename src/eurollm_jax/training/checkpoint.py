@@ -1,15 +1,13 @@
 """Checkpoints of a run: written by Orbax in the background, committed by a rename, trusted only if every hash agrees.
 
-Orbax loads a file with a flipped bit as wrong weights, without a word. So each checkpoint carries `MANIFEST.sha256`,
-one line per file in the format that `sha256sum --check` reads. The callback that writes it is called when all files of
-a save are in place and the rename is still to come: it is committed with them (a test guards that order).
+Several processes write one checkpoint together, read and verify it together, and go on from the same one. How a save
+goes is in commit.py, how damage is found in manifest.py, and what is kept in saving.py.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cached_property
 from itertools import islice
@@ -20,8 +18,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from eurollm_jax.corpus.folders import file_sha256, new_folder
+from eurollm_jax.corpus.folders import new_folder
 from eurollm_jax.errors import UserError
+from eurollm_jax.parallel.messages import collected, process_number, told
+from eurollm_jax.training.commit import (
+    OF_ORBAX,
+    PROGRESS,
+    Content,
+    RefusedError,
+    Save,
+    clear_unfinished,
+    saved_in,
+    settle,
+)
+from eurollm_jax.training.manifest import MANIFEST, agreed_faults, faults, seal
+from eurollm_jax.training.saving import Kind, Saved, Saving
 from eurollm_jax.training.weights import (
     STATE,
     AveragedWeights,
@@ -30,13 +41,13 @@ from eurollm_jax.training.weights import (
     PieceHandler,
     SavedWeights,
     leaves_to_write,
-    save_args,
 )
+
+__all__ = ("MANIFEST", "Checkpoints", "faults", "write_checkpoint")
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "MANIFEST.sha256"
-OF_ORBAX = "_CHECKPOINT_METADATA"  # times of the save; Orbax writes it again at the rename, and no restore reads it
+_TOPIC = "checkpoints"
 
 
 class Checkpoints:
@@ -45,25 +56,47 @@ class Checkpoints:
     A checkpoint holds `state`, a tree of arrays, and `progress`, a small JSON object. Opening verifies the newest one;
     a damaged one is set aside with a line in the log, and the one before takes its place. Opened `read_only`, nothing
     is touched, so that a run can be looked at while it trains. Devices are used by saving and restoring alone.
+
+    `saving` says what is kept, `permanent` of which steps the checkpoint is no temporary one, and `decay_begins` which
+    of these stands before a decay. All processes of a run call what is here alike, and in the same order.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        saving: Saving | None = None,
+        permanent: Callable[[int], bool] | None = None,
+        decay_begins: int | None = None,
+        read_only: bool = False,
+    ) -> None:
         self.folder = folder.absolute()
-        self._keep = keep
+        self._saving, self._permanent, self._decay_begins = saving or Saving(), permanent, decay_begins
         self._read_only = read_only
         self._verified: dict[int, bool] = {}  # step -> whether it is sound
-        if not read_only:
+        self._save: Save | None = None
+        self._failures, self._reason = 0, ""  # how many saves in a row, and why the last one
+        settle(self.folder)
+        if not read_only and process_number() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(self.folder)
         self.latest = next(self._sound(), None)
         """The step of the newest sound checkpoint, if there is one."""
+        self.longest = 0.0
+        """Seconds that the longest save took from its call to its commit, of those that have been waited for."""
 
     def steps(self) -> list[int]:
         """The steps of all sound checkpoints, the newest last. Each file is hashed once, at the first call."""
         return list(self._sound())[::-1]
 
+    def permanent_steps(self) -> list[int]:
+        """The same without the temporary ones, whose steps depend on the wall clock."""
+        kinds = {found.step: found.kind for found in saved_in(self.folder)}
+        return [step for step in self.steps() if kinds.get(step) != "temporary"]
+
     def weights(self, step: int | None = None, item: Item = "params") -> SavedWeights:
         """The parameters of the newest checkpoint, or of another one, or the moving average of them that it holds."""
-        if step is not None and not (self._path(step).is_dir() and self._is_sound(step)):
+        if step is not None and not self._is_sound(step):
             there = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self.folder} holds no sound checkpoint of step {step}: choose one of {there}.")
         return SavedWeights(self._path(self._newest() if step is None else step), item)
@@ -76,21 +109,22 @@ class Checkpoints:
         if len(steps) < last:
             raise UserError(
                 f"{self.folder} holds {len(steps)} sound checkpoints, too few for an average of the last {last}: "
-                f"average fewer, or train with keep_checkpoints={last} or more."
+                f"average fewer, or train with saving.last={last} or more."
             )
         return AveragedWeights([SavedWeights(self._path(step)) for step in reversed(steps)])
 
-    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
-        """Copies the state and returns; the files follow. Raises here what went wrong with the save before."""
+    def save(self, step: int, state: Any, progress: Mapping[str, Any], score: float | None = None) -> None:
+        """Copies the state and returns; the files follow, unless `saving` has it wait for them.
+
+        `score` is the held-out one at this step, where there is one. A save that does not fit, or that the system
+        refuses, is said in the log and leaves the checkpoints as they are; so many in a row as `saving` states raise
+        UserError. Raises here, too, what else went wrong with the save before.
+        """
         self.wait()
-        self.latest = step
-        parts = _parts(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(parts, save_args=save_args(parts)), progress=ocp.args.JsonSave(dict(progress))
-            ),
-        )
+        content = Content(Saved(step, self._kind(step), score), _parts(state), progress)
+        self._save = Save(self.folder, content, self._arrays, self._saving)
+        if self._save.error is not None or not self._saving.asynchronous:
+            self.wait()
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The newest sound checkpoint, or another one, in the shapes, types and shardings of `abstract`."""
@@ -104,45 +138,65 @@ class Checkpoints:
         return parts[item], progress
 
     def wait(self) -> None:
-        """Until the save under way is committed; raises its error."""
-        if "_manager" in self.__dict__:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        """Until the save under way is committed or given up; raises UserError where too many were given up in a row."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        save.wait()
+        if save.error is None:
+            self.latest, self._failures = save.step, 0
+            self.longest = max(self.longest, save.seconds)
+            return
+        if not isinstance(save.error, RefusedError):
+            raise save.error
+        self._failures, self._reason = self._failures + 1, str(save.error)
+        if self._failures >= self._saving.failures:
+            raise UserError(f"{self._not_saved()} (saving.failures={self._saving.failures}).") from save.error
 
     def close(self) -> None:
+        """Waits for the save under way; raises UserError where the last one was given up."""
         self.wait()
-        if "_manager" in self.__dict__:
-            self._manager.close()
+        if self._failures:
+            raise UserError(f"{self._not_saved()}.")
 
     @cached_property
-    def _manager(self) -> ocp.CheckpointManager:
+    def _arrays(self) -> ocp.PyTreeCheckpointHandler:
         """Made when it is needed: it starts the devices."""
-        arrays, numbers = _handlers()
-        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal_latest)
-        return ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if self._read_only else self._keep,
-                cleanup_tmp_directories=not self._read_only,
-                create=False,
-                async_options=None if self._read_only else sealing,
-            ),
-            item_handlers={STATE: arrays, "progress": numbers},
-        )
-
-    def _seal_latest(self) -> None:
-        """Called by Orbax in its saving thread."""
-        (unfinished,) = self.folder.glob(f"{self.latest}.orbax-checkpoint-tmp*")
-        _seal(unfinished)
+        return _handler()
 
     def _restore(
         self, abstract: Mapping[str, Any], *, partial: bool, step: int | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        step = self._newest() if step is None else step
+        path = self._path(self._newest() if step is None else step)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=args, progress=ocp.args.JsonRestore()))
-        return restored["state"], restored["progress"]
+        restored, progress, own = None, None, None
+        try:
+            restored = self._arrays.restore(path / STATE, args=args)
+            progress = json.loads((path / PROGRESS).read_text())
+        except Exception as error:  # those of Orbax are of many kinds, with megabytes of text
+            own = error
+        said = "" if own is None else f"{type(own).__name__}: {str(own).partition('[tensorstore')[0][:300]}"
+        found = next(filter(None, collected(_TOPIC, said)), "")
+        if found := told(_TOPIC, found):
+            raise UserError(
+                f"{path} is as it was written and does not fit what is to be restored ({' '.join(found.split())}): "
+                "use the experiment and the version that wrote it, or begin with its weights alone by start_from."
+            ) from own
+        return restored, progress or {}
+
+    def _kind(self, step: int) -> Kind:
+        if step == self._decay_begins:
+            return "before decay"
+        return "permanent" if self._permanent is None or self._permanent(step) else "temporary"
+
+    def _not_saved(self) -> str:
+        which = "the last checkpoint" if self._failures == 1 else f"the last {self._failures} checkpoints"
+        newest = "there is none before" if self.latest is None else f"the newest is of step {self.latest}"
+        return (
+            f"{which} could not be saved in {self.folder} ({self._reason}): {newest}, and the same command goes on "
+            "from there"
+        )
 
     def _newest(self) -> int:
         self.wait()
@@ -155,23 +209,24 @@ class Checkpoints:
 
     def _sound(self) -> Iterator[int]:
         """The steps of the checkpoints that are as they were written, the newest first, verified as they are met."""
-        steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()]
-        return (step for step in sorted(steps, reverse=True) if self._is_sound(step))
+        steps = json.loads(told(_TOPIC, json.dumps([found.step for found in saved_in(self.folder)])))
+        return (step for step in reversed(steps) if self._is_sound(step))
 
     def _is_sound(self, step: int) -> bool:
         """Verifies a checkpoint once; a damaged one is named in the log and, unless `read_only`, renamed."""
         if step in self._verified:
             return self._verified[step]
         path = self._path(step)
-        problems = faults(path)
-        if not path.is_dir():
+        problems = agreed_faults(path, _TOPIC)
+        if problems and told(_TOPIC, "" if path.is_dir() else "gone"):
             return False  # the run has removed it meanwhile
-        if problems:
+        if problems and process_number() == 0:
             named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
             log.error("checkpoint %s is damaged (%s): the one before it takes its place", path, named)
             if not self._read_only:
                 path.rename(self.folder / f"{step}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
-                return False
+        if problems and not self._read_only:
+            return False
         self._verified[step] = not problems
         return not problems
 
@@ -193,59 +248,21 @@ def write_checkpoint(
         (jax.ShapeDtypeStruct, PieceHandler(pieces)),
         (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),  # Orbax warns where it is missing
     )
-    arrays, numbers = _handlers(type_handler_registry=registry)
+    arrays = _handler(type_handler_registry=registry)
     with new_folder(folder.absolute() / str(step)) as unfinished:
-        parts = {STATE: (arrays, ocp.args.PyTreeSave(leaves_to_write(shapes)))}
-        parts |= {"progress": (numbers, ocp.args.JsonSave(dict(progress)))}
-        for name, (handler, content) in parts.items():
-            (unfinished / name).mkdir()
-            handler.save(unfinished / name, args=content)
-            handler.finalize(unfinished / name)
-            handler.close()
-        (unfinished / OF_ORBAX).write_text("{}")  # Orbax warns at each restore where it is missing
-        _seal(unfinished)
+        for path in (unfinished / STATE, (unfinished / PROGRESS).parent):
+            path.mkdir()
+        arrays.save(unfinished / STATE, args=ocp.args.PyTreeSave(leaves_to_write(shapes)))
+        arrays.finalize(unfinished / STATE)
+        arrays.close()
+        (unfinished / PROGRESS).write_text(json.dumps(dict(progress)))
+        (unfinished / OF_ORBAX).write_text("{}")
+        seal(unfinished)
 
 
-def faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, a line for each file; empty where it is sound."""
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return [f"{MANIFEST} is missing"]
-    found = _hashes(checkpoint)
-    problems = []
-    for number, line in enumerate(manifest.read_text(errors="replace").splitlines(), 1):
-        digest, _, name = line.partition("  ")
-        if not name:
-            problems.append(f"{MANIFEST} line {number} is not a hash and a name")
-        elif name not in found:
-            problems.append(f"{name} is missing")
-        elif found[name] != digest:
-            problems.append(f"{name} is not what was written")
-    return problems or ([] if found else ["it holds no files"])
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, OF_ORBAX)]
-
-    def digest(path: Path) -> str | None:
-        with suppress(FileNotFoundError):  # a run that trains removes old ones
-            return file_sha256(path)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        found = zip(paths, pool.map(digest, paths), strict=True)
-        return {path.relative_to(folder).as_posix(): content for path, content in found if content is not None}
-
-
-def _seal(unfinished: Path) -> None:
-    lines = (f"{digest}  {name}\n" for name, digest in _hashes(unfinished).items())
-    (unfinished / MANIFEST).write_text("".join(lines))
-
-
-def _handlers(**options: Any) -> tuple[ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler]:
-    """Of a checkpoint's two parts."""
-    arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **options)
-    return arrays, ocp.JsonCheckpointHandler()
+def _handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    """Of the arrays in a checkpoint."""
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **options)
 
 
 def _parts(state: Any) -> dict[str, Any]:

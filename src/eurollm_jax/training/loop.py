@@ -1,10 +1,9 @@
 """The loop: opens what an experiment names, restores or begins, trains to the last step, and leaves a run directory.
 
 What is trained is a function of the experiment and the row number alone, so a run that was stopped anywhere goes on as
-if it had not been.
+if it had not been. Several processes run the same loop in lockstep; the first one writes.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,31 +16,38 @@ from typing import Any
 import jax
 
 from eurollm_jax.corpus.folders import write_json
-from eurollm_jax.corpus.store import TokenStore
-from eurollm_jax.corpus.tokenizing.parity import ParityReport, languages_of, parity_report
-from eurollm_jax.corpus.tokenizing.tokenizer import Tokenizer
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.batch_sizes import BatchSizes
-from eurollm_jax.data.loader import Data, open_data
-from eurollm_jax.data.plan import mixture_plan, share_steps
-from eurollm_jax.errors import UserError
-from eurollm_jax.evaluation.perplexity import HeldOut, Measure, build_measure, evaluation, measure_heldout
+from eurollm_jax.errors import StoppedError, UserError
+from eurollm_jax.evaluation.perplexity import Measure, build_measure, evaluation, measure_heldout
 from eurollm_jax.evaluation.samples import sample
-from eurollm_jax.experiment import Experiment, claim_run, environment, locked
+from eurollm_jax.experiment import Experiment, claim_run, environment, identity
 from eurollm_jax.model.attention import attention_choice
 from eurollm_jax.model.param import Params, count, flatten
 from eurollm_jax.model.remat import require_memory
-from eurollm_jax.model.transformer import flops_per_token, specs
+from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.cpu import keep_freed_memory
+from eurollm_jax.parallel.distributed import any_process, is_first, require_same
+from eurollm_jax.parallel.liveness import RollCall
 from eurollm_jax.parallel.mesh import Layout
 from eurollm_jax.parallel.programs import CompileTimes, compile_times
+from eurollm_jax.training.amend import amend
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.metrics import MFU, Clock, MetricsWriter, Peak, peak_of
+from eurollm_jax.training.description import facts_of, in_words
+from eurollm_jax.training.history import logged, note
+from eurollm_jax.training.inputs import Inputs, open_inputs, plan
+from eurollm_jax.training.lock import locked
+from eurollm_jax.training.metrics import MetricsWriter, Peak, peak_of
 from eurollm_jax.training.progress import Progress
 from eurollm_jax.training.recorder import Recorder
+from eurollm_jax.training.replicas import ReplicaCheck
+from eurollm_jax.training.rollback import Rollbacks, going_on, recorded_rollbacks, roll_back
+from eurollm_jax.training.skipping import DivergedError
 from eurollm_jax.training.start import branched_state, first_state, hash_of_start, require_branch
 from eurollm_jax.training.step import Program, StepMetrics, TrainState, build_program
+from eurollm_jax.training.stopping import Stopping, Wish
 from eurollm_jax.training.trace import Trace, Tracer
+from eurollm_jax.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +55,18 @@ type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What an experiment's paths point to, opened and checked against each other."""
+class Begun:
+    """Where a stretch of training begins, and what it goes on from and adds to."""
 
-    tokenizer: Tokenizer
-    data: Data
-    heldout: HeldOut
-    parity: ParityReport
+    step: int  # steps done
+    progress: Mapping[str, Any]  # of the checkpoint
+    checkpoints: Checkpoints
+    rollbacks: Rollbacks
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from a run's first step to its last."""
+    """What stays the same from a start of a run to its end."""
 
     experiment: Experiment
     inputs: Inputs
@@ -68,6 +74,12 @@ class Run:
     program: Program
     measure: Measure
     folder: Path
+    hashes: Mapping[str, str]  # of what the experiment's paths point to
+    replicas: ReplicaCheck
+    stopping: Stopping
+    watchdog: Watchdog
+    trace: Trace | None
+    began: float  # of time.perf_counter()
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -75,73 +87,65 @@ class Run:
         return self.experiment.batch_sizes.until(self.experiment.total_rows)
 
 
-def open_inputs(experiment: Experiment) -> Inputs:
-    """Raises UserError where something is missing, two things do not belong together, or a language is served badly."""
-    tokenizer = Tokenizer.load(Path(experiment.tokenizer))
-    data = open_data(experiment.data, experiment.total_rows)
-    heldout = TokenStore.open(Path(experiment.heldout))
-    for store in (*data.stores, heldout):
-        if store.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{store.path} was prepared with another tokenizer than {experiment.tokenizer}: prepare it again."
-            )
-    if spare := tokenizer.spare_rows(experiment.model.vocab_size):
-        log.warning("the model's vocabulary has %d rows that no token of the tokenizer uses", spare)
-    shares = {planned.name: planned.share for planned in data.plan(experiment.total_rows)}
-    parity = parity_report(experiment.parity, data.sources, shares)
-    parity.require()
-    if parity.allowed:
-        log.warning("BEYOND THE LIMITS OF PARITY, and allowed by the experiment: %s", languages_of(parity.allowed))
-    return Inputs(
-        tokenizer,
-        data,
-        HeldOut(heldout, experiment.data.sequence_length, experiment.batch_size // experiment.accumulate),
-        parity,
-    )
-
-
-def plan(experiment: Experiment, data: Data) -> dict[str, Any]:
-    """What the run will read of each source, before anything is trained."""
-    sources = {}
-    for planned in mixture_plan(experiment.data.mixture, data.sizes, experiment.total_rows).total:
-        source = data.sources[planned.name]
-        sources[planned.name] = {
-            "language": source.language,
-            **{name: value for name, value in dataclasses.asdict(planned).items() if name != "name"},
-            "store_tokens": source.tokens,
-            "store_bytes": source.bytes,
-            "store_documents": source.documents,
-            "licences": {licence: size["bytes"] for licence, size in source.licences.items()},
-        }
-    return {
-        "total_rows": experiment.total_rows,
-        "sequence_length": experiment.data.sequence_length,
-        "stages": share_steps(data.schedule),
-        "removed": [removed.describe() for removed in data.removed],
-        "sources": sources,
-    }
-
-
-def train(experiment: Experiment, docstring: str, *, trace: Trace | None = None, began: float | None = None) -> Path:
+def train(
+    experiment: Experiment,
+    docstring: str,
+    *,
+    trace: Trace | None = None,
+    began: float | None = None,
+    time_limit: float | None = None,
+    accept_changes: bool = False,
+) -> Path:
     """Trains to the experiment's last step, going on from where its run directory stands; returns that directory.
 
     The profile of a `trace` is written there. `began` is when the start of the program began, of time.perf_counter():
-    from then until the first step is done is recorded.
+    from then until the first step is done is recorded, and before `time_limit` seconds are over all is saved and ended.
+    With `accept_changes` a run goes on whose experiment has changed in what is still to come. Raises StoppedError at
+    the limit and where a signal asks for it, and UserError for what the user can mend. Every process of a run calls
+    this, and an error in one of them ends them all.
     """
     began = time.perf_counter() if began is None else began
     if trace is not None:
         trace.require_within(0, experiment.steps)
-    inputs = open_inputs(experiment)
-    layout = Layout(experiment.mesh.build())
-    attention_choice(experiment.model, layout)  # refuses what these devices cannot compute
-    require_memory(experiment.model.remat, layout)
-    if layout.backend == "cpu":
-        keep_freed_memory()
-    weights = specs(experiment.model)
-    program = build_program(
+    with RollCall() as roll:
+        inputs = open_inputs(experiment)
+        layout = Layout(experiment.mesh.build())
+        attention_choice(experiment.model, layout)  # refuses what these devices cannot compute
+        require_memory(experiment.model.remat, layout)
+        if layout.backend == "cpu":
+            keep_freed_memory()
+        program = _program(experiment, inputs, layout)
+        measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.languages))
+        hashes = {
+            "tokenizer": inputs.tokenizer.sha256,
+            "store": inputs.data.fingerprint,
+            "heldout": inputs.heldout.store.fingerprint,
+            **hash_of_start(experiment),
+        }
+        folder = _claimed(experiment, docstring, hashes, accept_changes=accept_changes)
+        with (
+            locked(folder),
+            logged(folder),
+            Watchdog(experiment.watch, folder, roll) as watchdog,
+            Stopping(layout, time_limit=time_limit, began=began, save_minutes=experiment.saving.minutes) as stopping,
+        ):
+            replicas = ReplicaCheck(program.state)
+            run = Run(
+                experiment, inputs, layout, program, measure, folder, hashes, replicas, stopping, watchdog, trace, began
+            )
+            try:
+                _go_on(run)
+            except BaseException as error:
+                note(folder, "end", how=f"{type(error).__name__}: {error}")
+                raise
+    return folder
+
+
+def _program(experiment: Experiment, inputs: Inputs, layout: Layout) -> Program:
+    return build_program(
         experiment.model,
         layout,
-        experiment.optimizer.build(experiment.schedule.build(experiment.steps), weights),
+        experiment.optimizer.build(experiment.schedule.build(experiment.steps), specs(experiment.model)),
         batch_sizes=experiment.batch_sizes.until(experiment.total_rows).sizes,
         token_bytes=inputs.tokenizer.piece_bytes,
         sources=len(inputs.data.source_names),
@@ -151,151 +155,201 @@ def train(experiment: Experiment, docstring: str, *, trace: Trace | None = None,
         accumulate=experiment.accumulate,
         skip=experiment.skip,
     )
-    measure = build_measure(experiment.model, layout, inputs.tokenizer.piece_bytes, len(inputs.heldout.languages))
-    hashes = {
-        "tokenizer": inputs.tokenizer.sha256,
-        "store": inputs.data.fingerprint,
-        "heldout": inputs.heldout.store.fingerprint,
-        **hash_of_start(experiment),
-    }
-    require_branch(experiment, hashes)
-    embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
-    facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
-    folder = claim_run(experiment, docstring, hashes, facts)
-    with locked(folder):
-        _go_on(Run(experiment, inputs, layout, program, measure, folder), trace, began)
-    return folder
 
 
-def _go_on(run: Run, trace: Trace | None, began: float) -> None:
-    """Restores or begins, trains what is left, and evaluates."""
+def _claimed(experiment: Experiment, docstring: str, hashes: Mapping[str, str], *, accept_changes: bool) -> Path:
+    """The run directory, made or recognised; UserError where it is another experiment's, or processes differ."""
+    require_same("the experiment", identity(experiment, hashes))
+    require_same("the software", environment())
+    if is_first():
+        require_branch(experiment, hashes)
+        weights = specs(experiment.model)
+        embedding = sum(spec.size for spec in flatten(weights).values() if "vocab" in spec.axes)
+        facts = {"parameters": count(weights), "parameters_non_embedding": count(weights) - embedding}
+        claim_run(experiment, docstring, hashes, facts, accept_changes=accept_changes)
+    any_process(False)  # the others go on when the directory is there
+    return experiment.run
+
+
+def _go_on(run: Run) -> None:
+    """Restores or begins, trains what is left, and evaluates. A run that diverges goes back, and on with other rows."""
     experiment, data = run.experiment, run.inputs.data
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=experiment.keep_checkpoints)
-    resume_at = checkpoints.latest
-    progress: dict[str, Any] = {"row": 0, "seconds": 0.0, "tokens": [0] * len(data.source_names)}
-    if resume_at is not None:
-        state, progress = checkpoints.restore(run.program.state)
-    elif experiment.branch_from is not None:
-        state, progress = branched_state(experiment, run.program)
-        resume_at = int(state.step)
-    else:
-        state = first_state(experiment, run.program, run.layout)
-    if trace is not None:
-        trace.require_within(resume_at or 0, experiment.steps)
-    if "data" in progress:
-        data.require_same(progress["data"], progress["row"])
-    if resume_at == experiment.steps:
-        log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
-    else:
-        write_json(run.folder / "plan.json", plan(experiment, data) | {"parity": run.inputs.parity.describe()})
-        run.inputs.tokenizer.save(run.folder / "tokenizer")  # so that the model can be used when the original has moved
-        for outdated in ("evaluation.json", "samples.json", "report.html"):
-            (run.folder / outdated).unlink(missing_ok=True)
-        clock = Clock(progress["seconds"])
-        peak = peak_of(experiment.model.compute, jax.devices()[0].device_kind, jax.device_count())
-        facts = _facts(run, peak)
-        log.info("%s", _in_words(run, facts))
-        with (
-            MetricsWriter(run.folder, resume_at=resume_at or 0, facts=facts) as writer,
-            Progress(experiment.name, experiment.steps, resume_at or 0) as bar,
-            closing(data.loader(progress["row"], run.batch_sizes, stop_row=experiment.total_rows)) as batches,
-            closing(Tracer(trace, run.folder / "trace", clock)) as tracer,
-        ):
-            recorder = Recorder(experiment, data, writer, bar, clock, progress["tokens"], peak)
-            state = _loop(run, state, progress["row"], batches, checkpoints, recorder, tracer, began)
+    peak = peak_of(experiment.model.compute, jax.devices()[0].device_kind, jax.device_count())
+    facts = facts_of(experiment, run.inputs, run.layout, run.replicas, peak)
+    rollbacks = recorded_rollbacks(run.folder)
+    while True:
+        run.watchdog.phase("restoring")
+        checkpoints = Checkpoints(
+            run.folder / "checkpoints",
+            saving=experiment.saving,
+            permanent=experiment.has_permanent_checkpoint,
+            decay_begins=experiment.decay_begins,
+        )
+        state, progress = _begun(run, checkpoints)
+        rollbacks = going_on(rollbacks, progress, run.folder)
+        begun = Begun(int(state.step), progress, checkpoints, rollbacks)
+        if run.trace is not None:
+            run.trace.require_within(begun.step, experiment.steps)
+        amend(experiment, run.hashes, data, begun.step, progress, rollbacks.jumps)
+        if "data" in progress:
+            data.require_same(progress["data"], rollbacks.jumps.data_row(progress["row"]))
+        if begun.step == experiment.steps:
+            log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
+            break
+        note(run.folder, "start", step=begun.step, **facts)
+        try:
+            state = _trained(run, state, begun, facts, peak)
+            break
+        except DivergedError as error:
+            checkpoints.wait()
+            if experiment.rollback is None:
+                raise
+            diverged = error.with_traceback(None)  # which would keep the state
+        except UserError:
+            if jax.process_count() == 1:
+                checkpoints.wait()  # of several processes the others may never get there
+            raise
+        rollbacks = rollbacks.then(experiment.rollback, diverged, checkpoints.permanent_steps(), experiment.batch_sizes)
+        roll_back(run.folder, rollbacks)
     checkpoints.close()
     _conclude(run, state.params)
+    if begun.step < experiment.steps:
+        note(run.folder, "end", how="complete")
 
 
-def _facts(run: Run, peak: Peak) -> dict[str, Any]:
-    """What may be another at each start of a run, beside its plan."""
+def _begun(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """The newest sound checkpoint's state and progress, or those before the first step."""
     experiment = run.experiment
-    return {
-        **environment(),
-        "stores": list(experiment.data.stores),
-        "workers": experiment.data.workers,
-        "removed": [removed.describe() for removed in run.inputs.data.removed],
-        "parity_allowed": run.inputs.parity.describe()["allowed_beyond"],
-        "mesh": {axis: size for axis, size in run.layout.mesh.shape.items() if size > 1},
-        "compute": experiment.model.compute,
-        "remat": experiment.model.remat,
-        "accumulate": experiment.accumulate,
-        "attention": dict(zip(("kernel", "why"), attention_choice(experiment.model, run.layout), strict=True)),
-        "flops_per_token": flops_per_token(experiment.model, experiment.data.sequence_length),
-        "peak_flops": peak.flops,
-        "peak_source": peak.source,
-        "mfu_formula": MFU,
-    }
+    if checkpoints.latest is not None:
+        return checkpoints.restore(run.program.state)
+    if experiment.branch_from is not None:
+        return branched_state(experiment, run.program)
+    before = {"row": 0, "seconds": 0.0, "tokens": [0] * len(run.inputs.data.source_names)}
+    return first_state(experiment, run.program, run.layout), before
 
 
-def _in_words(run: Run, facts: Mapping[str, Any]) -> str:
-    """How a run is computed, in one line."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items()) or "one device"
-    kept = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-    attention = facts["attention"]
-    return (
-        f"{facts['devices']}, {mesh}; {count(specs(run.experiment.model)):,} parameters, "
-        f"{type(run.experiment.optimizer).__name__}, products in {facts['compute']}, remat {facts['remat']}, "
-        f"attention {attention['kernel']} ({attention['why']}); "
-        f"{facts['flops_per_token']:.3g} FLOP a token, peak {facts['peak_flops'] / 1e12:.3g} TFLOP/s "
-        f"({facts['peak_source']}); programs are {f'kept in {kept}' if kept else 'not kept'}"
-    )
+def _trained(run: Run, state: TrainState, begun: Begun, facts: Mapping[str, Any], peak: Peak) -> TrainState:
+    """Opens what a stretch of training writes to and reads from, and trains."""
+    experiment, data, row = run.experiment, run.inputs.data, begun.progress["row"]
+    if is_first():
+        write_json(run.folder / "plan.json", plan(experiment, data) | {"parity": run.inputs.parity.describe()})
+        run.inputs.tokenizer.save(run.folder / "tokenizer")  # for use when the original has moved
+        for outdated in ("evaluation.json", "samples.json", "report.html"):
+            (run.folder / outdated).unlink(missing_ok=True)
+    log.info("%s", in_words(experiment, facts))
+    part, parts = run.layout.part_of_rows(run.batch_sizes.sizes)
+    jumps = begun.rollbacks.jumps
+    recorded = begun.step - len(begun.progress.get("interval", ()))
+    with (
+        MetricsWriter(run.folder, resume_at=begun.step, facts=facts, recorded=recorded) as writer,
+        Progress(experiment.name, experiment.steps, begun.step) as bar,
+        closing(data.loader(row, run.batch_sizes, part, parts, stop_row=experiment.total_rows, jumps=jumps)) as batches,
+    ):
+        recorder = Recorder(experiment, data, writer, bar, begun.progress, peak, jumps)
+        placed = ((after, run.layout.place_rows(batch, part, parts)) for after, batch in batches)
+        with closing(Tracer(run.trace if is_first() else None, run.folder / "trace", recorder.clock)) as tracer:
+            return _loop(run, state, begun, placed, recorder, tracer)
 
 
 def _loop(
     run: Run,
     state: TrainState,
-    row: int,
+    begun: Begun,
     batches: Iterator[tuple[int, Batch]],
-    checkpoints: Checkpoints,
     recorder: Recorder,
     tracer: Tracer,
-    began: float,
 ) -> TrainState:
-    """From global row `row` to the last. While a step is under way, the next batch is fetched and placed, and then the
+    """To the last step. While a step is under way, the next batch is fetched and placed, and then the
     metrics of the step before are fetched."""
-    experiment, data, heldout = run.experiment, run.inputs.data, run.inputs.heldout
+    experiment = run.experiment
+    run.watchdog.phase("compiling")
     with ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(_compiled, run, row)
-        coming = _placed(next(batches), run.layout)  # the loader starts meanwhile
+        compiling = pool.submit(_compiled, run, begun.progress["row"])
+        coming = next(batches)  # the loader starts meanwhile
         train_step, compile_time = compiling.result()
-    interval: list[StepMetrics] = []
-    first = run.batch_sizes.step_of_row(row) + 1
+    before: StepMetrics | None = None
+    ended = time.perf_counter()
     recorder.clock.restart()
-    for step in range(first, experiment.steps + 1):
+    for step in range(begun.step + 1, experiment.steps + 1):
+        run.watchdog.phase(f"step {step}")
+        last = step == experiment.steps
+        run.stopping.ask()
         row, batch = coming
         tracer.before(step, state)
         state, metrics = train_step[len(batch.source)](state, batch)
-        if step < experiment.steps:
+        if not last:
             with recorder.clock.waiting(metrics.loss):
-                coming = _placed(next(batches), run.layout)
+                coming = next(batches)
         tracer.after(step, metrics)
-        if step == first:
+        if step == begun.step + 1:
             jax.block_until_ready(metrics)
-            recorder.first_step(step, time.perf_counter() - began, compile_time)
-        if len(interval) == experiment.log_every:
-            recorder.train(step - 1, interval)
-            interval = []
-        interval.append(metrics)
+            recorder.first_step(step, time.perf_counter() - run.began, compile_time)
+        if recorder.due(step - 1):
+            recorder.train(step - 1)
+        recorder.add(metrics)
+        jax.block_until_ready(before)  # one step is ahead, not more: who is asked to stop is not far from the answer
+        before = metrics
+        run.stopping.stepped(time.perf_counter() - ended)
 
-        last = step == experiment.steps
-        saving = last or step % experiment.checkpoint_every == 0
-        if saving:
-            recorder.train(step, interval)
-            interval = []
+        wish = run.stopping.answer()
         evaluating = last or step % experiment.evaluate_every == 0
-        if evaluating or saving:
-            jax.block_until_ready(metrics)
+        permanent = experiment.has_permanent_checkpoint(step)
+        saving = permanent or wish is not Wish.NONE
+        comparing = experiment.watch.compares_replicas(step, permanent=permanent)
+        ended = time.perf_counter()
+        if not (evaluating or saving or comparing):
+            continue
+        jax.block_until_ready(metrics)
+        if evaluating and jax.process_count() > 1:
+            with recorder.clock.stopped():
+                recorder.hosts(step)
+        if recorder.due(step):
+            recorder.train(step)
         with recorder.clock.stopped():
-            if evaluating:
-                start = time.perf_counter()
-                sums = measure_heldout(run.measure, state.params, heldout, run.layout, experiment.evaluate_rows)
-                recorder.heldout(step, tuple(heldout.languages), sums, time.perf_counter() - start)
+            if comparing:
+                run.watchdog.phase("comparing replicas")
+                run.replicas.check(state)
+            score = _evaluated(run, step, state.params, recorder) if evaluating else None
             if saving:
-                start = time.perf_counter()
-                checkpoints.save(step, state, {"row": row, "data": data.describe(), **recorder.progress()})
-                recorder.checkpoint(step, time.perf_counter() - start)
+                _saved(run, begun, step, state, row, recorder, score)
+        if wish is Wish.STOP and not last:
+            run.watchdog.phase("saving")
+            begun.checkpoints.close()
+            raise StoppedError(
+                f"stopped after step {step} of {experiment.steps} by {run.stopping.reason}; all is saved in "
+                f"{run.folder}, and the same command goes on."
+            )
+        ended = time.perf_counter()
     return state
+
+
+def _evaluated(run: Run, step: int, params: Params, recorder: Recorder) -> float:
+    """Measures on some of the held-out text; returns the mean of its bits per byte."""
+    heldout = run.inputs.heldout
+    run.watchdog.phase(f"evaluating after step {step}")
+    start = time.perf_counter()
+    sums = measure_heldout(run.measure, params, heldout, run.layout, run.experiment.evaluate_rows)
+    return recorder.heldout(step, tuple(heldout.languages), sums, time.perf_counter() - start)
+
+
+def _saved(
+    run: Run, begun: Begun, step: int, state: TrainState, row: int, recorder: Recorder, score: float | None
+) -> None:
+    """Begins a checkpoint of a state that may be built on."""
+    run.watchdog.phase(f"saving after step {step}")
+    recorder.require_sound(step)
+    recorder.secure()
+    start = time.perf_counter()
+    progress = {
+        "row": row,
+        "data": run.inputs.data.describe(),
+        "rollbacks": begun.rollbacks.describe(),
+        **recorder.progress(),
+    }
+    begun.checkpoints.save(step, state, progress, score=score)
+    seconds = time.perf_counter() - start
+    run.stopping.saved(max(seconds, begun.checkpoints.longest))
+    recorder.checkpoint(step, seconds)
 
 
 def _compiled(run: Run, row: int) -> tuple[dict[int, TrainStep], CompileTimes]:
@@ -306,18 +360,22 @@ def _compiled(run: Run, row: int) -> tuple[dict[int, TrainStep], CompileTimes]:
     return steps, times
 
 
-def _placed(item: tuple[int, Batch], layout: Layout) -> tuple[int, Batch]:
-    row, batch = item
-    return row, layout.place_rows(batch)
-
-
 def _conclude(run: Run, params: Params) -> None:
     """The full evaluation and the samples of a trained run, unless they are there."""
     heldout, tokenizer = run.inputs.heldout, run.inputs.tokenizer
-    if not (run.folder / "evaluation.json").exists():
-        sums = measure_heldout(run.measure, params, heldout, run.layout)
-        write_json(run.folder / "evaluation.json", evaluation(heldout, sums, tokenizer, run.experiment.steps))
-    if not (run.folder / "samples.json").exists():
+    if _lacks(run.folder / "evaluation.json"):
+        run.watchdog.phase("evaluating at the end")
+        sums = measure_heldout(run.measure, params, heldout, run.layout, alive=run.watchdog.alive)
+        if is_first():
+            write_json(run.folder / "evaluation.json", evaluation(heldout, sums, tokenizer, run.experiment.steps))
+    if _lacks(run.folder / "samples.json"):
+        run.watchdog.phase("writing samples")
         sources = [max(found, key=lambda source: source.bytes) for found in heldout.languages.values()]
         samples = sample(params, run.experiment.model, run.layout, tokenizer, sources)
-        write_json(run.folder / "samples.json", samples)
+        if is_first():
+            write_json(run.folder / "samples.json", samples)
+
+
+def _lacks(path: Path) -> bool:
+    """As the first process sees it."""
+    return any_process(is_first() and not path.exists())

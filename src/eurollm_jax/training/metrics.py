@@ -1,6 +1,7 @@
 """What a run tells about itself: lines in metrics.jsonl, curves for TensorBoard, the share of the machine's peak."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+
+from eurollm_jax.parallel.distributed import is_first
 
 MFU = "mfu = useful tokens/s * flops_per_token / peak_flops"
 """Model-FLOP utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
@@ -68,13 +71,15 @@ def _measured_flops(dtype: str, size: int, seconds: float = 0.3) -> float:
 class Clock:
     """Seconds of training, apart from what is done between steps, and of waiting for data."""
 
-    def __init__(self, total: float) -> None:
+    def __init__(self, total: float, lap: tuple[float, float] = (0.0, 0.0)) -> None:
+        """`lap` is `so_far` of a clock that this one goes on from."""
         self.total = total
+        self._before = lap
         self.restart()
 
     def restart(self) -> None:
-        """Begins a lap."""
-        self._start, self._waited = time.perf_counter(), 0.0
+        """Begins, or goes on with, a lap."""
+        self._start, self._waited = time.perf_counter() - self._before[0], self._before[1]
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -90,22 +95,32 @@ class Clock:
         if running.is_ready():  # type: ignore[attr-defined]
             self._waited += time.perf_counter() - start
 
+    def so_far(self) -> tuple[float, float]:
+        """Seconds of this lap, and those of them that were spent waiting."""
+        return time.perf_counter() - self._start, self._waited
+
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and those of them that were spent waiting."""
-        seconds, waited = time.perf_counter() - self._start, self._waited
+        """Ends the lap and begins the next; its seconds, and those of them that were spent waiting."""
+        seconds, waited = self.so_far()
         self.total += seconds
+        self._before = (0.0, 0.0)
         self.restart()
         return seconds, waited
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard files, after dropping what lies beyond where a run resumes."""
+    """Appends to `metrics.jsonl` and TensorBoard files, after dropping what lies beyond where a run resumes.
 
-    def __init__(self, run: Path, *, resume_at: int, facts: Mapping[str, Any]) -> None:
+    Where several processes train, the first one writes and the others do nothing.
+    """
+
+    def __init__(self, run: Path, *, resume_at: int, facts: Mapping[str, Any], recorded: int | None = None) -> None:
+        """`recorded` is the last step that is in a record of kind "train"; later ones are told of again."""
         self._run, self._path, self._resume_at = run, run / "metrics.jsonl", resume_at
+        self._writes = is_first()
         kind = "start"
-        if self._path.exists():
-            self._drop_after(resume_at)
+        if self._writes and self._path.exists():
+            self._drop_after(resume_at, resume_at if recorded is None else recorded)
             kind = "restart"
         self.write({"kind": kind, "step": resume_at, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
@@ -124,22 +139,33 @@ class MetricsWriter:
         return SummaryWriter(str(self._run / "tensorboard"), purge_step=self._resume_at)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self._writes:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def curves(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._writes:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
-    def _drop_after(self, step: int) -> None:
+    def secure(self) -> None:
+        """Puts on disk what is written, so that no checkpoint outlives the records before it."""
+        if self._writes:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _drop_after(self, step: int, recorded: int) -> None:
         kept = []
         for line in self._path.read_text().splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break  # the line that was being written when the run was killed
-            if record["step"] <= step:
+            if record["step"] <= (recorded if record["kind"] == "skipped" else step):
                 kept.append(line + "\n")
         temporary = self._path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(kept))
+        with temporary.open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self._path)

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from eurollm_jax.parallel.distributed import is_first
+
 LINE_EVERY = 15.0  # seconds, where there is no terminal
 
 
 class Progress:
-    """Shows metric records as they come."""
+    """Shows metric records as they come; of several processes the first one does."""
 
     def __init__(self, name: str, steps: int, done: int) -> None:
-        console = Console(stderr=True)
+        console = Console(stderr=True, quiet=not is_first())
         self._live = console.is_terminal
         self._steps, self._last_line, self._began, self._done_before = steps, 0.0, time.monotonic(), done
         self._bar = Bar(
@@ -48,7 +50,7 @@ class Progress:
         )
         self._bar.update(self._task, completed=record["step"], figures=figures)
         last = record["step"] == self._steps
-        if not self._live and (last or time.monotonic() - self._last_line >= LINE_EVERY):
+        if not self._live and is_first() and (last or time.monotonic() - self._last_line >= LINE_EVERY):
             self._last_line = time.monotonic()
             done = record["step"] - self._done_before
             left = (self._last_line - self._began) / max(done, 1) * (self._steps - record["step"])

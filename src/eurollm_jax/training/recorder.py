@@ -1,12 +1,13 @@
 """Turns what the step measured into the records of a run: metrics.jsonl, TensorBoard, and the bar on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eurollm_jax.data.jumps import Jumps
 from eurollm_jax.data.loader import Data
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.perplexity import bits_per_byte
@@ -17,12 +18,16 @@ from eurollm_jax.model.transformer import flops_per_token
 from eurollm_jax.parallel.programs import CompileTimes
 from eurollm_jax.training.metrics import Clock, MetricsWriter, Peak
 from eurollm_jax.training.progress import Progress
-from eurollm_jax.training.skipping import SkipStep
+from eurollm_jax.training.slow_hosts import slow_hosts
 from eurollm_jax.training.step import StepMetrics
 
 
 class Recorder:
-    """Keeps the count of useful tokens of each source; rows follow from the step."""
+    """Keeps the steps since the last record, and the count of useful tokens of each source; rows follow from the step.
+
+    Which steps have a record depends on the step alone, never on when a checkpoint was written: a run that was stopped
+    anywhere leaves the same records as one that was not.
+    """
 
     def __init__(
         self,
@@ -30,23 +35,53 @@ class Recorder:
         data: Data,
         writer: MetricsWriter,
         bar: Progress,
-        clock: Clock,
-        tokens: list[int],
+        progress: Mapping[str, Any],
         peak: Peak,
+        jumps: Jumps,
     ) -> None:
-        self.clock = clock
+        """`progress` is that of the checkpoint that training goes on from, `jumps` the rows that it leaves out."""
+        self.clock = Clock(progress["seconds"], tuple(progress.get("lap", (0.0, 0.0))))
         self._sizes, self._data, self._writer, self._bar = experiment.batch_sizes, data, writer, bar
-        self._tokens = np.array(tokens, np.int64)
+        self._tokens = np.array(progress["tokens"], np.int64)
+        self._jumps = jumps
+        self._interval = [_decoded(step) for step in progress.get("interval", [])]
         # Of all steps, now: what is computed on the device later would wait there for the step that is under way.
         rate = experiment.schedule.build(experiment.steps)
         self._learning_rate = np.asarray(jax.vmap(rate)(jnp.arange(experiment.steps)))
         self._flops_per_token = flops_per_token(experiment.model, experiment.data.sequence_length)
         self._peak = peak.flops
-        self._skip, self._last = experiment.skip, experiment.steps
+        self._skip, self._last, self._every = experiment.skip, experiment.steps, experiment.log_every
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint keeps for the records that follow it."""
-        return {"seconds": self.clock.total, "tokens": self._tokens.tolist()}
+        """What a checkpoint keeps for the records that follow it; waits for the last step."""
+        self._interval = jax.device_get(self._interval)
+        return {
+            "seconds": self.clock.total,
+            "lap": list(self.clock.so_far()),
+            "tokens": self._tokens.tolist(),
+            "interval": [_encoded(step) for step in self._interval],
+        }
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Takes what the next step measured; it is fetched when it is needed."""
+        self._interval.append(metrics)
+
+    def due(self, step: int) -> bool:
+        """Whether there is to be a record that ends with `step`, and it is not written yet."""
+        return bool(self._interval) and (step % self._every == 0 or step == self._last)
+
+    def require_sound(self, step: int) -> None:
+        """Waits for `step`, the last one. Raises UserError where what came after the last record is unsound."""
+        self._interval = jax.device_get(self._interval)
+        for number, metrics in enumerate(self._interval, step + 1 - len(self._interval)):
+            loss, norm = float(metrics.loss), float(metrics.grad_norm)
+            if self._skip is not None:
+                self._skip.require(number, int(metrics.skipped), loss, norm, ends=number == self._last)
+            elif not np.isfinite(loss) or not np.isfinite(norm):
+                raise UserError(
+                    f"the loss is {loss} and the gradient's norm {norm} at step {number}: lower the learning rate or "
+                    "change the seed; the checkpoints before this step are kept."
+                )
 
     def first_step(self, step: int, seconds: float, compiling: CompileTimes) -> None:
         """Records what the start cost: `seconds` until the first step was done, and the train program's share."""
@@ -62,17 +97,17 @@ class Recorder:
             }
         )
 
-    def train(self, step: int, interval: Sequence[StepMetrics]) -> None:
+    def train(self, step: int) -> None:
         """Records the steps that end with `step`; waits for the last of them."""
-        told: list[StepMetrics] = jax.device_get(list(interval))
+        self.require_sound(step)
+        told, self._interval = self._interval, []
         seconds, waited = self.clock.lap()
         tokens = np.sum([metrics.sources.tokens for metrics in told], axis=0)
         self._tokens += tokens
+        self._skipped(step, told)
         taken = [metrics for metrics in told if not metrics.skipped]
-        if self._skip is not None:
-            self._skipped(self._skip, step, told)
-            if not taken:
-                return
+        if not taken:
+            return
         losses, norms, sums, routings, _ = zip(*taken, strict=True)
         nats, _, byte_counts = (np.sum(np.stack(field), axis=0) for field in zip(*sums, strict=True))
         row = self._sizes.row_of_step(step)
@@ -89,7 +124,12 @@ class Recorder:
             **_router_figures(routings),
         }
         per_source = zip(
-            self._data.source_names, self._data.schedule.counts(row), self._tokens, nats, byte_counts, strict=True
+            self._data.source_names,
+            self._jumps.counts(self._data.schedule, row),
+            self._tokens,
+            nats,
+            byte_counts,
+            strict=True,
         )
         record = {
             "kind": "train",
@@ -103,32 +143,35 @@ class Recorder:
                 for name, rows, read, lost, size in per_source
             },
         }
-        if not np.isfinite(figures["loss"]) or not np.isfinite(figures["grad_norm"]):
-            raise UserError(
-                f"the loss is {figures['loss']} and the gradient's norm {figures['grad_norm']} at step {step}: "
-                "lower the learning rate or change the seed; the checkpoints before this step are kept."
-            )
         self._writer.write(record)
         self._writer.curves(step, figures)
         self._bar.show(record)
 
-    def _skipped(self, skip: SkipStep, last: int, told: Sequence[StepMetrics]) -> None:
-        """Records which of the steps that end with `last` were skipped; UserError where they are too many in a row."""
+    def _skipped(self, last: int, told: Sequence[StepMetrics]) -> None:
+        """Records which of the steps that end with `last` were skipped."""
         for step, metrics in enumerate(told, last + 1 - len(told)):
-            in_a_row, loss, norm = int(metrics.skipped), float(metrics.loss), float(metrics.grad_norm)
-            skip.require(step, in_a_row, loss, norm, ends=step == self._last)
-            if in_a_row:
-                seen = {"loss": loss, "grad_norm": norm}
+            if metrics.skipped:
+                seen = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
                 finite = {name: value if np.isfinite(value) else None for name, value in seen.items()}
                 self._writer.write({"kind": "skipped", "step": step, **finite})
+                loss, norm = seen.values()
                 self._bar.say(f"step {step} is skipped: its loss is {loss:.4g} and its gradient's norm {norm:.4g}")
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """Records how long saving held the loop after `step`."""
         self._writer.write({"kind": "checkpoint", "step": step, "stall_seconds": seconds})
 
-    def heldout(self, step: int, names: Sequence[str], sums: SourceSums, seconds: float) -> None:
-        """Records a held-out measurement after `step`, which took `seconds`."""
+    def hosts(self, step: int) -> None:
+        """Records what each process computes and waits, and says which are slow; all processes call this."""
+        seconds, waited = self.clock.so_far()
+        self._writer.write({"kind": "hosts", "step": step, **slow_hosts(waited, seconds)})
+
+    def secure(self) -> None:
+        """Puts all records on disk, before a checkpoint that comes after them."""
+        self._writer.secure()
+
+    def heldout(self, step: int, names: Sequence[str], sums: SourceSums, seconds: float) -> float:
+        """Records a held-out measurement after `step`, which took `seconds`; returns the mean of its bits per byte."""
         per_source = {
             name: bits_per_byte(float(nats), int(size))
             for name, nats, size in zip(names, sums.nats, sums.bytes, strict=True)
@@ -147,6 +190,37 @@ class Recorder:
         )
         self._writer.curves(step, {"heldout/mean": macro, **{f"heldout/{k}": v for k, v in per_source.items()}})
         self._bar.say(f"step {step}: held out {macro:.3f} bits per byte, the mean over {len(per_source)} sources")
+        return macro
+
+
+def _encoded(metrics: StepMetrics) -> dict[str, Any]:
+    """As JSON keeps it, exactly: a float32 is a float64."""
+    return {
+        "loss": float(metrics.loss),
+        "grad_norm": float(metrics.grad_norm),
+        "sources": {name: field.tolist() for name, field in metrics.sources._asdict().items()},
+        "routing": None
+        if metrics.routing is None
+        else {name: field.tolist() for name, field in metrics.routing._asdict().items()},
+        "skipped": int(metrics.skipped),
+    }
+
+
+def _decoded(encoded: Mapping[str, Any]) -> StepMetrics:
+    def real(value: Any) -> Any:
+        return np.array(value, np.float32)
+
+    def whole(value: Any) -> Any:
+        return np.array(value, np.int32)
+
+    sources, routing = encoded["sources"], encoded["routing"]
+    return StepMetrics(
+        real(encoded["loss"]),
+        real(encoded["grad_norm"]),
+        SourceSums(real(sources["nats"]), whole(sources["tokens"]), whole(sources["bytes"])),
+        None if routing is None else Routing(**{name: real(field) for name, field in routing.items()}),
+        whole(encoded["skipped"]),
+    )
 
 
 def _router_figures(routings: Sequence[Routing | None]) -> dict[str, float]:

@@ -28,8 +28,12 @@ class WSD:
     final: float = 0.0  # share of the peak
     shape: Literal["linear", "1-sqrt"] = "linear"  # of the decay
 
+    def decay_begins(self, steps: int) -> int:
+        """Steps that are done when the decay begins."""
+        return steps - round(self.decay * steps)
+
     def build(self, steps: int) -> optax.Schedule:
-        decay = round(self.decay * steps)
+        decay = steps - self.decay_begins(steps)
         if self.warmup + decay > steps:
             raise UserError(
                 f"schedule: {self.warmup} steps of warm-up and {decay} of decay exceed the run's {steps}: "

@@ -13,6 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 from eurollm_jax.errors import UserError
 
 
+class DivergedError(UserError):
+    """Steps `first_step` to `last_step` were skipped, and these are more than may be; `loss` and `grad_norm` are what
+    the last of them was skipped for."""
+
+    def __init__(self, message: str, first_step: int, last_step: int, loss: float, grad_norm: float) -> None:
+        super().__init__(message)
+        self.first_step, self.last_step, self.loss, self.grad_norm = first_step, last_step, loss, grad_norm
+
+
 @struct.dataclass
 class Skips:
     """What the rule knows of the steps before."""
@@ -39,7 +48,7 @@ class SkipStep:
 
     factor: float = 10.0
     window: int = 100
-    at_most: int = 10  # in a row; one more stops the run
+    at_most: int = 10  # in a row; with one more the run has diverged
 
     def __post_init__(self) -> None:
         if self.factor <= 1:
@@ -59,17 +68,21 @@ class SkipStep:
         return taken, jax.tree.map(partial(jnp.where, taken), after, before)
 
     def require(self, step: int, in_a_row: int, loss: float, norm: float, *, ends: bool) -> None:
-        """Raises UserError where more than `at_most` steps up to `step` were skipped, or more than one at the end.
+        """Raises DivergedError where more than `at_most` steps up to `step` were skipped, or more than one at the end.
 
         `loss` and `norm` are what the step was skipped for.
         """
         limit = 1 if ends else self.at_most
         if in_a_row > limit:
-            raise UserError(
+            raise DivergedError(
                 f"steps {step - in_a_row + 1} to {step} were skipped, more than {limit} in a row"
                 f"{' at the end' * ends}; the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {step}: "
                 "the checkpoints before are kept. Under another name, branch_from one of them with a decay from there, "
-                "or train anew with another seed, a lower rate or, where such norms are usual, a higher skip.factor."
+                "or train anew with another seed, a lower rate or, where such norms are usual, a higher skip.factor.",
+                step - in_a_row + 1,
+                step,
+                loss,
+                norm,
             )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,26 +88,41 @@ def require_branch(experiment: Experiment, inputs: Mapping[str, str]) -> None:
             f"than the schedule ({'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}): take these from "
             f"there, or begin with the weights alone by start_from={str(parent)!r}."
         )
-    _require_same_rates(experiment, record["experiment"], parent, step)
-
-
-def _require_same_rates(experiment: Experiment, recorded: Mapping[str, Any], parent: Path, step: int) -> None:
-    """Raises UserError where the learning rates of the steps that are done would have been others: a decay that begins
-    before the branch would jump at it."""
-    of_parent = {name: value for name, value in recorded["schedule"].items() if name != "type"}
-    schedule = getattr(schedules, recorded["schedule"]["type"])(**of_parent)
-    done = jnp.arange(step)
-    rates = schedule.build(recorded["steps"]), experiment.schedule.build(experiment.steps)
-    theirs, ours = (np.asarray(jax.vmap(rate)(done)) for rate in rates)
-    others = ~np.isclose(theirs, ours, rtol=1e-6, atol=0)
-    if others.any():
-        at = int(np.argmax(others))
+    if found := first_other_rate(experiment, record["experiment"], step):
         raise UserError(
-            f"experiment {experiment.name!r} goes on from step {step} of {parent}, and its schedule has a rate "
-            f"of {ours[at]:.4g} at step {at + 1}, where that run had {theirs[at]:.4g}: take its peak and warm-up, and "
-            f"let the decay begin at step {step} or later (decay={1 - step / experiment.steps:.3g} or less of "
-            f"{experiment.steps} steps)."
+            f"experiment {experiment.name!r} goes on from step {step} of {parent}, and its schedule has a rate of "
+            f"{found.now:.4g} at step {found.step}, where that run had {found.was:.4g}: "
+            f"{keeping_rates(experiment, step)}."
         )
+
+
+@dataclass(frozen=True)
+class OtherRate:
+    """A step that is done, with its learning rate as it was and as a schedule would have it."""
+
+    step: int
+    was: float
+    now: float
+
+
+def first_other_rate(experiment: Experiment, recorded: Mapping[str, Any], steps: int) -> OtherRate | None:
+    """The first of so many steps to which the experiment's schedule gives another rate than the recorded one's did: a
+    decay that begins before they are done would jump behind them."""
+    fields = {name: value for name, value in recorded["schedule"].items() if name != "type"}
+    schedule = getattr(schedules, recorded["schedule"]["type"])(**fields)
+    done = jnp.arange(steps)
+    rates = schedule.build(recorded["steps"]), experiment.schedule.build(experiment.steps)
+    was, now = (np.asarray(jax.vmap(rate)(done)) for rate in rates)
+    others = np.flatnonzero(~np.isclose(was, now, rtol=1e-6, atol=0))
+    return OtherRate(int(others[0]) + 1, float(was[others[0]]), float(now[others[0]])) if len(others) else None
+
+
+def keeping_rates(experiment: Experiment, steps: int) -> str:
+    """What to do where there is another rate in the first so many steps."""
+    return (
+        f"take its peak and warm-up, and let the decay begin at step {steps} or later "
+        f"(decay={1 - steps / experiment.steps:.3g} or less of {experiment.steps} steps)"
+    )
 
 
 def _so_far(of_run: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class SavedWeights:
             if self.checkpoint.is_dir():
                 raise
             raise UserError(
-                f"{self.checkpoint} was removed while it was read: let the run end, or raise its keep_checkpoints."
+                f"{self.checkpoint} was removed while it was read: let the run end, or raise its saving.last."
             ) from error
 
     def _kvstore(self, path: str) -> dict[str, Any]:
@@ -203,13 +203,22 @@ class PieceHandler(ocp.type_handlers.NumpyHandler):
 
 
 async def _done(work: Any) -> Any:
-    """tensorstore raises ValueError where the system refused to write; the number of that error is in its message."""
     try:
         return await work
     except ValueError as error:
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        if refused := system_error(error):
+            raise refused from error
         raise
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """That the system refused to read or write, where this is what an exception is about. tensorstore raises ValueError
+    then, with the number of the system's error in its message."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if isinstance(error, ValueError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return system_error(error.__cause__) if error.__cause__ is not None else None
 
 
 def leaves_to_write(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

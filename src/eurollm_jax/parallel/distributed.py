@@ -1,0 +1,126 @@
+"""Several processes that are one run: how they find each other, and how they agree.
+
+Every process executes the same program over the global mesh and calls what is here in the same order. Process 0 writes
+what a run has once: records, metrics, evaluations. All of it holds for one process, too, where nothing is sent.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from eurollm_jax.errors import UserError
+
+CLUSTERS = {"SLURM_NTASKS": "slurm", "OMPI_COMM_WORLD_SIZE": "ompi"}  # how many tasks there are -> JAX's name for it
+START_SECONDS = 300  # that processes wait for each other at the start
+HEARTBEAT_SECONDS = 60  # after which JAX's own service takes a silent process for dead
+
+
+@dataclass(frozen=True)
+class Coordination:
+    """Where processes meet when they are started by hand: process 0 listens at `address`, host:port."""
+
+    address: str
+    processes: int
+    index: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.processes:
+            raise UserError(
+                f"process {self.index} of {self.processes} is none: give --process a number from 0 to "
+                f"{self.processes - 1}."
+            )
+        if ":" not in self.address:
+            raise UserError(f"--coordinator {self.address} has no port: write it as host:port.")
+
+
+def connect(by_hand: Coordination | None = None) -> None:
+    """Joins this process to the others of its job; call it before any device is used.
+
+    Without `by_hand`, a Slurm step or an Open MPI launch of several tasks is recognised by its variables; everything
+    else is one process. Raises UserError where the others cannot be reached.
+    """
+    found = next((name for size, name in CLUSTERS.items() if int(os.environ.get(size, "1")) > 1), None)
+    if by_hand is None and (found is None or (found == "slurm" and "SLURM_STEP_NODELIST" not in os.environ)):
+        return  # an interactive shell in an allocation of several tasks is one process
+    if by_hand is not None and by_hand.processes == 1:
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which training/stopping.py does
+    initialize = partial(
+        jax.distributed.initialize,
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    try:
+        if by_hand is not None:
+            initialize(by_hand.address, by_hand.processes, by_hand.index)
+        else:
+            initialize(cluster_detection_method=found)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes of this run do not find each other ({str(error).splitlines()[0]}): check that all were "
+            "started, with one address, and that the network lets them through."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what a run has once."""
+    return jax.process_index() == 0
+
+
+def gathered(value: Any) -> np.ndarray:
+    """The values of all processes, stacked on a new first axis; all call this, with arrays of one shape and type."""
+    if jax.process_count() == 1:
+        return np.asarray(value)[None]
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(np.asarray(value)))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is so in any process; all call this."""
+    return bool(gathered(np.int32(flag)).any())
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process is here; `name` is in the error of those that wait in vain."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
+
+
+def host_names() -> list[str]:
+    """The machine of each process; all call this."""
+    name = np.zeros(64, np.uint8)
+    raw = platform.node().encode()[:64]
+    name[: len(raw)] = np.frombuffer(raw, np.uint8)
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered(name)]
+
+
+def require_same(what: str, content: Any) -> None:
+    """Raises UserError where `content`, JSON-able, is not the same in all processes; all call this."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+    digests = [bytes(row) for row in gathered(np.frombuffer(digest, np.uint8))]
+    usual = max(digests, key=digests.count)
+    if others := [str(index) for index, found in enumerate(digests) if found != usual]:
+        hosts = host_names()
+        raise UserError(
+            f"{what} of process {', '.join(others[:8])} ({hosts[int(others[0])]}) differs from that of the others: "
+            "start all processes from the same files and the same environment."
+        )
+
+
+def fetched(array: jax.Array) -> np.ndarray:
+    """An array of the global mesh, whole, in every process; all call this."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array, tiled=True))

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class StoppedError(UserError):
-    """A run that was asked to stop has saved its state: the same command goes on, as a job that is queued again does."""
+    """A run that was asked to stop has saved its state: the same command, or the same job queued again, goes on."""
 
     status = 75  # what sysexits.h calls a temporary failure
 

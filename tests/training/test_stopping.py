@@ -12,6 +12,7 @@ import pytest
 
 from eurollm_jax.data.loader import DataConfig, open_data
 from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.errors import StoppedError
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.stopping import AGAIN_SECONDS, Stopping, Wish
 
@@ -65,6 +66,17 @@ class Stops:
 
     def state(self, name):
         return Path(f"/proc/{self.pids[name]}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_what_is_saved_at_once(number):
+    """The evaluation at the end, which may take longer than a scheduler waits."""
+    with Stopping(Layout(MeshConfig().build())) as stopping:
+        with pytest.raises(StoppedError, match=f"stopped by {number.name}; all is saved"), stopping.at_once():
+            signal.raise_signal(number)
+        with pytest.raises(StoppedError), stopping.at_once():  # it came before
+            pytest.fail("went on")
+        assert stopping.answer() is Wish.STOP
 
 
 @pytest.mark.parametrize(("name", "number"), [("terminated-0", signal.SIGTERM), ("signalled-0", signal.SIGUSR1)])

@@ -87,8 +87,8 @@ def _train(arguments: argparse.Namespace) -> None:
         raise UserError("--coordinator, --processes and --process belong together: give all three or none.")
     trace = None if after.trace is None else Trace.parse(after.trace)
     keep_programs()
-    connect(None if after.coordinator is None else Coordination(*by_hand))
     _architecture(experiment.model)
+    connect(None if after.coordinator is None else Coordination(*by_hand))
     train(
         experiment,
         docstring,

@@ -212,7 +212,8 @@ def _go_on(run: Run) -> None:
         rollbacks = rollbacks.then(experiment.rollback, diverged, checkpoints.permanent_steps(), experiment.batch_sizes)
         roll_back(run.folder, rollbacks)
     checkpoints.close()
-    _conclude(run, state.params)
+    with run.stopping.at_once():
+        _conclude(run, state.params)
     if begun.step < experiment.steps:
         note(run.folder, "end", how="complete")
 
@@ -328,7 +329,8 @@ def _evaluated(run: Run, step: int, params: Params, recorder: Recorder) -> float
     heldout = run.inputs.heldout
     run.watchdog.phase(f"evaluating after step {step}")
     start = time.perf_counter()
-    sums = measure_heldout(run.measure, params, heldout, run.layout, run.experiment.evaluate_rows)
+    rows, alive = run.experiment.evaluate_rows, run.watchdog.alive
+    sums = measure_heldout(run.measure, params, heldout, run.layout, rows, alive=alive)
     return recorder.heldout(step, tuple(heldout.languages), sums, time.perf_counter() - start)
 
 

@@ -10,6 +10,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import cached_property, partial
 from types import FrameType
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from eurollm_jax.errors import StoppedError
 from eurollm_jax.parallel.mesh import Layout
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ class Stopping:
         self._step_seconds = self._save_took = self._pause = 0.0
         self._signal: signal.Signals | None = None
         self._signalled_at = 0.0
+        self._at_once = False
         self._asked: jax.Array | None = None
         self._handlers: dict[signal.Signals, object] = {}
 
@@ -109,6 +113,22 @@ class Stopping:
         self._saved_at = time.perf_counter()
         self._save_took = max(self._save_took, seconds)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Around what holds nothing that is not saved: a signal ends a single process there by StoppedError. Several go
+        on to the next answer, for one that left alone would have the others wait."""
+        self._at_once = not self._several
+        if self._at_once and self._signal is not None:
+            raise self._stopped()
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _stopped(self) -> StoppedError:
+        assert self._signal is not None
+        return StoppedError(f"stopped by {self._signal.name}; all is saved, and the same command goes on.")
+
     def _wish(self) -> int:
         now = time.perf_counter()
         if self._signal is not None:
@@ -128,6 +148,8 @@ class Stopping:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._signalled_at = signal.Signals(number), now
+            if self._at_once:
+                raise self._stopped()
             log.warning("%s: the run is saved and ends after this step", self._signal.name)
         elif number == signal.SIGTERM and now - self._signalled_at > AGAIN_SECONDS:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

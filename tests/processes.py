@@ -23,6 +23,9 @@ from typing import Any, Self
 TIMES = {"seconds", "tokens_per_second", "mfu", "data_wait", "evaluation_seconds"}  # of a record
 LIMIT = 120.0  # seconds that any wait may take: a hang is a failure
 
+# After an experiment: the samples at a run's end compile for seconds, and few tests are about them.
+WITHOUT_SAMPLES = "import eurollm_jax.training.loop\neurollm_jax.training.loop.sample = lambda *of: []\n"
+
 type Phases = list[tuple[float, str]]  # (when, of time.time(); name), the newest last
 
 

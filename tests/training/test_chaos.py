@@ -1,0 +1,40 @@
+"""A run that is killed again and again is the run that was left alone. `scripts/chaos.py` does the killing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.chaos import AT_THE_END
+
+KILLS = int(os.environ.get("EUROLLM_KILLS", "5"))
+SCRIPT = Path(__file__).parents[2] / "scripts" / "chaos.py"
+
+
+def run_chaos(kills, processes):
+    command = [sys.executable, SCRIPT, "--kills", kills, "--processes", processes, "--seed", 1]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == kills
+    assert found["runs"] >= 1
+    assert found["records"].keys() == {"train", "evaluation", "skipped"}
+    return found
+
+
+def test_one_process_that_is_killed_again_and_again_trains_the_same():
+    run_chaos(KILLS, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_hundred_kills_hit_every_phase_and_change_nothing(processes):
+    found = run_chaos(100, processes)
+    assert found["went_on"] >= 20
+    assert found["saving"] >= 5  # with a checkpoint half written
+    phases = {"importing", "restoring", "compiling", "training", "evaluating", "saving", *AT_THE_END}
+    assert len(phases - found["hit"].keys()) <= 1, "chance may spare one of them, not more"

@@ -27,6 +27,7 @@ from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 from eurollm_jax.model import config as model_config
 from eurollm_jax.model.config import BalanceLoss, MoE, TransformerConfig
+from eurollm_jax.parallel.distributed import is_first
 from eurollm_jax.parallel.mesh import MeshConfig
 from eurollm_jax.training.optimizer import Adafactor, AdamW, AdEMAMix, Lion, Muon
 from eurollm_jax.training.rollback import RollBack
@@ -218,13 +219,29 @@ def _may_change(difference: str) -> bool:
     return any(difference.startswith((f"{field} ", f"{field}.", f"{field}[")) for field in CHANGEABLE)
 
 
+def refresh_record(experiment: Experiment) -> None:
+    """Has experiment.json state the fields that are no part of a run's identity as they are now."""
+    record, now = read_record(experiment.run), encode(experiment)
+    if record["experiment"] != now:
+        write_json(experiment.run / "experiment.json", {**record, "experiment": now})
+
+
+def source_hash() -> str:
+    """SHA-256 of the library's own code: whether two processes run the same."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        digest.update(path.relative_to(here).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def environment() -> dict[str, Any]:
     """What computes: recorded when a run begins and whenever it goes on."""
     cores = f" of {os.cpu_count()} cores" if jax.default_backend() == "cpu" else ""
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}{cores}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
-        "code": _commit(),
+        "code": _commit() if is_first() else None,
     }
 
 

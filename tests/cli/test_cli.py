@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -191,3 +194,20 @@ def test_an_unknown_command_or_option(call, argv, said, tmp_path, monkeypatch):
 def test_version(call):
     said = call("--version")
     assert (said.status, said.out, said.err) == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_nothing_is_trained_ends_with_the_status_of_a_run_that_is_to_go_on(number):
+    waiting = (
+        "import time\n"
+        "from eurollm_jax.cli.experiments import _signals_end_at_once\n"
+        "with _signals_end_at_once():\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", waiting], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said.decode().startswith(f"eurollm: stopped by {number.name} while nothing was trained")

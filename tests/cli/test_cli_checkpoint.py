@@ -1,5 +1,6 @@
 """A run's checkpoints, as a user lists, verifies and thins them out."""
 
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -76,14 +77,21 @@ def test_verify_fails_where_one_is_damaged(call, refusal, run):
 def test_prune_keeps_what_the_rule_keeps(call, contents, run):
     before = contents(run)
     said = call("checkpoint", "prune", run, "--last", 1, "--every", 3, "--best", 1, "--dry-run")
-    assert [line.split()[1] for line in said.out.splitlines()] == ["1", "2", "5"]
+    *going, rule = said.out.splitlines()
+    assert [line.split()[1] for line in going] == ["1", "2", "5"]
+    assert rule == "the rule is last=1, every=3, best=1, before_decay=True"
     assert contents(run) == before
     said = call("checkpoint", "prune", run, "--last", 1, "--every", 3, "--best", 1)
     assert said.status == 0
-    assert "left are 3, 4, 6, 7, 8 (last=1, every=3, best=1)" in said.out
+    assert "left are 3, 4, 6, 7, 8 (the rule is last=1, every=3, best=1, before_decay=True)" in said.out
     assert steps(run) == [3, 4, 6, 7, 8]  # 3 is the best, 4 before the decay, 7 the last, 8 the newest
     call("checkpoint", "prune", run)
     assert steps(run) == [4, 6, 7, 8]  # as the experiment says: the last two
+    record = json.loads((run / "experiment.json").read_text())
+    record["experiment"]["saving"] |= {"last": 1, "before_decay": False}
+    (run / "experiment.json").write_text(json.dumps(record))
+    said = call("checkpoint", "prune", run)
+    assert "left are 7, 8 (the rule is last=1, every=None, best=0, before_decay=False)" in said.out
 
 
 def test_prune_refuses_where_a_run_trains_and_where_the_newest_is_damaged(refusal, run):

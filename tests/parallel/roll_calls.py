@@ -11,13 +11,14 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from eurollm_jax.errors import StoppedError, UserError
-from eurollm_jax.parallel import hub
+from eurollm_jax.parallel import hub, liveness
 from eurollm_jax.parallel.distributed import Coordination, connect, gathered
 from eurollm_jax.parallel.liveness import RollCall
 
@@ -91,6 +92,17 @@ def hangs(index, roll):
     time.sleep(LIMIT)
 
 
+def cannot_say(index, roll):
+    """All note the end; where the lock of the log is taken, that is all that is left to do."""
+    roll.on_end = lambda line: print(f"noted: {line}", file=sys.stderr)
+    if index == 1:
+        logging.getLogger().handlers[0].acquire()
+    time.sleep(2)
+    if index == 2:
+        raise UserError("store/de line 7 is damaged: prepare it again.")
+    time.sleep(LIMIT)
+
+
 def absent(index, roll):
     time.sleep(LIMIT)
 
@@ -102,10 +114,17 @@ def strangers(index, roll):
             with socket.create_connection(("localhost", port_of(roll))) as stranger:
                 stranger.sendall(said)
                 time.sleep(0.1)
+        with socket.create_connection(("localhost", port_of(roll))) as endless, suppress(OSError):
+            while True:  # until it is closed
+                endless.sendall(b"?" * hub.HELLO_BYTES)
         silent = socket.create_connection(("localhost", port_of(roll)))
     time.sleep(3)
     if index == 0:
-        silent.close()
+        assert silent.recv(1) == b""  # has had its time
+
+
+def in_two_parts(index, roll):
+    time.sleep(3)
 
 
 def port_of(roll):
@@ -113,7 +132,18 @@ def port_of(roll):
 
 
 CASES = {act.__name__: act for act in (fine, asked_to_stop, user_error, defect, killed, first_killed)}
-CASES |= {act.__name__: act for act in (killed_in_a_collective, stopped, first_stopped, hangs, absent, strangers)}
+CASES |= {act.__name__: act for act in (killed_in_a_collective, stopped, first_stopped, hangs, cannot_say)}
+
+
+CASES |= {act.__name__: act for act in (absent, strangers, in_two_parts)}
+
+
+class InTwoParts(hub.Line):
+    def send(self, message):
+        text = json.dumps(message).encode() + b"\n"
+        for part in (text[:20], text[20:]):
+            self._connection.sendall(part)
+            time.sleep(0.5)
 
 
 def process(case, index, port, said):
@@ -123,6 +153,11 @@ def process(case, index, port, said):
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     if case == "absent":
         hub.MEET_SECONDS = 3.0
+    if case == "strangers":
+        hub.HELLO_SECONDS = 2.0
+    if case == "in_two_parts" and index:
+        hub.Line = InTwoParts
+    liveness.FORCE_SECONDS = 8.0
     connect(Coordination(f"localhost:{port}", PROCESSES, index))
     if case == "absent" and index == 2:
         time.sleep(LIMIT)

@@ -1,5 +1,7 @@
 """How processes find each other, as far as one process can tell; tests/training/test_processes.py starts several."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -12,29 +14,52 @@ from eurollm_jax.parallel.mesh import Layout, MeshConfig
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """What JAX was asked for."""
+    """What JAX was asked for, in a shell that no launcher has started."""
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: asked.append((args, options)))
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    for name in distributed.VISIBLE:
         monkeypatch.delenv(name, raising=False)
-    return asked
+    before = jax.config.jax_enable_preemption_service
+    yield asked
+    jax.config.update("jax_enable_preemption_service", before)
 
 
-def test_processes_are_found_by_their_launcher_or_by_hand(initialized, monkeypatch):
+# Variables of a task, as Slurm and Open MPI set them -> JAX's name of the launcher, and the devices that are its own.
+STEP = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "nid[1-2]", "SLURM_LOCALID": "3"}
+SHELL = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "nid1"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+LAUNCHES = [
+    ({}, None, None),
+    ({"SLURM_NTASKS": "8"}, None, None),  # a batch script
+    (SHELL, None, None),  # an interactive step of an allocation for 8 tasks
+    ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "slurm", [3]),
+    ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "ROCR_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "slurm", [6, 7]),
+    ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "0"}, "slurm", []),  # --gpus-per-task=1
+    ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0"}, "slurm", []),  # all four of its node
+    (MPI, "ompi", [1]),
+    ({**SHELL, **MPI, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "ompi", [2, 3]),  # mpirun in a Slurm allocation
+]
+
+
+@pytest.mark.parametrize(("variables", "launcher", "devices"), LAUNCHES)
+def test_launchers_are_recognised_and_every_device_is_used(variables, launcher, devices, initialized, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     connect()
+    asked = [(args, o["cluster_detection_method"], list(o["local_device_ids"])) for args, o in initialized]
+    assert asked == ([] if launcher is None else [((), launcher, devices)])
+
+
+def test_processes_started_by_hand_are_not_looked_for(initialized, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "nid1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     connect(Coordination("here:1234", 1, 0))
-    assert initialized == []  # one process needs no others
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    connect()
-    assert initialized == []  # a shell in an allocation is no task of a step
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "nid[000001-000002]")
-    connect()
     connect(Coordination("there:99", 4, 3))
-    monkeypatch.delenv("SLURM_NTASKS")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    connect()
-    how = [(args, options.get("cluster_detection_method")) for args, options in initialized]
-    assert how == [((), "slurm"), (("there:99", 4, 3), None), ((), "ompi")]
+    ((args, options),) = initialized
+    assert args == ("there:99", 4, 3)
+    assert options["cluster_detection_method"] == "deactivate"
 
 
 def test_processes_that_cannot_meet_are_a_user_error(initialized, monkeypatch):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from eurollm_jax.errors import UserError
-from eurollm_jax.parallel.liveness import RollCall
+from eurollm_jax.parallel.distributed import HEARTBEAT_SECONDS
+from eurollm_jax.parallel.liveness import FORCE_SECONDS, LINGER_SECONDS, SILENCE_SECONDS, RollCall
 
 HERE = Path(__file__).parent
 
@@ -103,8 +104,23 @@ def test_a_process_that_does_not_come_is_named(ends):
     assert all(last_line(text) == "process 2 has not come within 3 s." for text in said[:2])
 
 
-def test_strangers_are_let_be(ends):
-    statuses, said = ends["strangers"]
+def test_the_end_is_noted_by_all_and_comes_also_where_nothing_can_be_said(ends):
+    statuses, said = ends["cannot_say"]
+    assert statuses == [1, 1, 1]
+    for text in said:
+        noted, line = text.splitlines()[:2]  # and what JAX says, which loses process 0
+        assert noted == f"noted: {line}"
+        assert line.startswith("process 2 of 3 on ")
+        assert line.endswith(": store/de line 7 is damaged: prepare it again.")
+
+
+def test_jax_s_own_service_does_not_end_the_others_before_a_silent_process_is_named():
+    assert HEARTBEAT_SECONDS > SILENCE_SECONDS + LINGER_SECONDS + FORCE_SECONDS
+
+
+@pytest.mark.parametrize("case", ["strangers", "in_two_parts"])
+def test_strangers_are_let_be_and_who_is_slow_to_say_his_word_is_none(ends, case):
+    statuses, said = ends[case]
     assert statuses == [0, 0, 0]
     assert said == ["went on\n"] * 3
 

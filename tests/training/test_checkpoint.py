@@ -188,7 +188,7 @@ def test_the_rule_decides_what_stays(tmp_path):
         checkpoints.wait()
         seen.append(sorted(int(path.name) for path in tmp_path.iterdir()))
     assert seen == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [2, 4, 6], [2, 4, 6, 7]]
-    assert checkpoints.permanent_steps() == [2, 4, 6]
+    assert [checkpoints.newest_permanent(before) for before in (9, 6, 3, 2)] == [6, 4, 2, None]
     checkpoints.close()
 
 
@@ -202,9 +202,9 @@ def hashed(monkeypatch):
     """The folders that were verified, in order."""
     verified = []
 
-    def spy(folder, topic):
+    def spy(folder, *of):
         verified.append(int(folder.name))
-        return agreed_faults(folder, topic)
+        return agreed_faults(folder, *of)
 
     monkeypatch.setattr(checkpoint, "agreed_faults", spy)
     return verified
@@ -228,6 +228,20 @@ def test_steps_are_those_of_sound_checkpoints_and_each_is_hashed_once(tmp_path, 
     for step in (2, 3):
         with pytest.raises(UserError, match=rf"no sound checkpoint of step {step}: choose one of 1, 10\."):
             reader.weights(step)
+
+
+def test_the_newest_permanent_one_is_found_without_reading_older_ones(tmp_path, hashed):
+    saved(tmp_path, 1, 2, 3, 4, 5, saving=Saving(last=9), permanent=lambda step: step != 5)
+    (tmp_path / "4" / "progress" / "metadata").write_text("{}")
+    hashed.clear()
+    signs = []
+    checkpoints = Checkpoints(tmp_path, alive=lambda: signs.append(len(hashed)))
+    files = sum(path.is_file() for path in (tmp_path / "5").rglob("*")) - 1
+    assert signs == [1] * files  # a sign of life with each file
+    assert checkpoints.newest_permanent(6) == 3
+    assert hashed == [5, 4, 3]
+    (aside,) = checkpoints.set_aside
+    assert aside.startswith("4.damaged-")
 
 
 def test_too_few_checkpoints_for_an_average_are_counted(tmp_path):
@@ -306,7 +320,8 @@ def test_a_checkpoint_written_in_pieces_is_restored_onto_any_sharding(tmp_path):
     subprocess.run(["sha256sum", "--check", "--quiet", MANIFEST], cwd=tmp_path / "run" / "0", check=True)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     checkpoints = Checkpoints(tmp_path / "run", read_only=True)
-    assert checkpoints.steps() == checkpoints.permanent_steps() == [0]
+    assert checkpoints.steps() == [0]
+    assert checkpoints.newest_permanent(1) == 0
     spreads = {
         "nothing": lambda x: P(),
         "last axis": lambda x: P(*[None] * (x.ndim - 1), "a"),

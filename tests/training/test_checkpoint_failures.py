@@ -1,18 +1,23 @@
 """Saves that fail: a full disk, a limit, a kill. The run is told, goes on, and keeps what it has."""
 
+import errno
 import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
-from eurollm_jax.errors import UserError
+from eurollm_jax.corpus import folders
+from eurollm_jax.errors import LostError, UserError
+from eurollm_jax.training import checkpoint, commit, manifest
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.loop import train
 from eurollm_jax.training.saving import Saving
@@ -22,10 +27,11 @@ import json, os, resource, shutil, signal, sys
 from pathlib import Path
 import jax, numpy as np
 from eurollm_jax.errors import UserError
-from eurollm_jax.training import commit
+from eurollm_jax.training import checkpoint, commit
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.saving import Saving
 
+checkpoint.PAUSES = ()
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 there = folder / "checkpoints"
 honest = shutil.disk_usage
@@ -75,6 +81,7 @@ checkpoints.wait()
 seen["after"] = looked()
 fill()
 checkpoints.save(6, state(6), {})
+checkpoint.PAUSES = (0.1, 0.1)
 seen["closed"] = refused(checkpoints.close)
 seen["end"] = looked()
 print(json.dumps(seen), flush=True)
@@ -111,10 +118,11 @@ def test_saves_without_room_are_said_and_cost_nothing_but_themselves(tmp_path, k
     assert "the last 3 checkpoints could not be saved" in seen["third"]
     assert "the newest is of step 1, and the same command goes on from there" in seen["third"]
     assert seen["after"] == seen["end"] == {"there": ["5"], "latest": 5, "restored": 5}
-    assert "the last checkpoint could not be saved" in seen["closed"]
+    assert "the last 3 checkpoints could not be saved" in seen["closed"]  # three tries for one
     why = "there is no room (no space left on device)" if kind == "disk" else "there is no room (file too large)"
-    assert len(said) == 4, said  # one line each
-    assert all(" IS NOT SAVED: " in line for line in said)
+    assert len(said) == 8, said  # one line each
+    assert [number for number, line in enumerate(said) if " IS NOT SAVED: " in line] == [0, 1, 2, 3, 5, 7]
+    assert all("step 6 is tried again in 0.1 seconds" in said[number] for number in (4, 6))
     assert why in said[1]
     assert why in seen["third"]
     assert ("MB are needed and" if kind == "disk" else why) in said[0]
@@ -142,6 +150,101 @@ def test_a_save_that_is_not_asynchronous_is_there_when_it_returns(tmp_path):
         checkpoints.save(step, {"params": {"w": np.full(3, step, np.float32)}}, {})
         assert Checkpoints(tmp_path, read_only=True).latest == checkpoints.latest == step
         assert checkpoints.longest > 0
+
+
+def test_the_last_state_is_tried_again_while_it_is_there(tmp_path, monkeypatch):
+    """And not where a step has written to its memory."""
+    there = tmp_path / "run"
+    checkpoints = Checkpoints(there)
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    tree = {"params": {"w": jax.numpy.zeros((64, 64))}}
+    free = shutil.disk_usage
+    room = iter((0, 0, 1 << 30, 0, 1 << 30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(path)._replace(free=next(room)))
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.01, 0.01))
+    checkpoints.save(1, tree, {})
+    checkpoints.close()  # at the second further try
+    assert Checkpoints(there, read_only=True).latest == checkpoints.latest == 1
+
+    checkpoints.save(2, tree, {})
+    add(tree)
+    with pytest.raises(UserError, match="the last checkpoint could not be saved"):
+        checkpoints.close()
+    assert len(list(room)) == 1
+    assert checkpoints.latest == 1
+
+
+def test_saves_that_cannot_begin_are_counted_with_those_that_fail(tmp_path):
+    checkpoints = Checkpoints(tmp_path, saving=Saving(failures=2))
+    tree = {"params": {"w": np.ones(3, np.float32)}}
+    checkpoints.refuse("no records")
+    checkpoints.save(1, tree, {})
+    checkpoints.close()
+    checkpoints.refuse("no records")
+    with pytest.raises(UserError, match=r"last 2 checkpoints could not .* \(no records\): the newest is of step 1, "):
+        checkpoints.refuse("no records")
+
+
+def test_a_file_that_a_save_loses_sight_of_is_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    """As where a node has a stale view of what the others have written."""
+    listed = manifest._files
+    monkeypatch.setattr(manifest, "_files", lambda *of, **options: [*listed(*of, **options), "state/more"])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": {"w": np.ones(3, np.float32)}}, {})
+    checkpoints.wait()
+    assert (checkpoints.latest, list(tmp_path.iterdir())) == (None, [])
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """(name of a file, number of times, error) of what the system refuses to read."""
+    refused = []
+
+    def read(path):
+        for number, (name, times, error) in enumerate(refused):
+            if str(path).endswith(name) and times:
+                refused[number] = (name, times - 1, error)
+                raise OSError(error, os.strerror(error), str(path))
+        return folders.file_sha256(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", read)
+    return refused
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.EACCES])
+def test_what_cannot_be_read_is_no_damage(tmp_path, unreadable, error):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"params": {"w": np.ones(3, np.float32)}}, {})
+    checkpoints.close()
+    unreadable.append(("2/progress/metadata", 2, error))
+    with pytest.raises(LostError, match=r"2/progress/metadata could not be read .* nothing was changed") as said:
+        Checkpoints(tmp_path)
+    assert os.strerror(error).lower() in str(said.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert Checkpoints(tmp_path).latest == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    """A run would begin anew."""
+
+    def listdir(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(commit.Path, "iterdir", listdir)
+    with pytest.raises(LostError, match=r"could not be read .input/output error.: nothing was changed"):
+        Checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOENT])
+def test_what_is_read_at_the_second_time_is_sound(tmp_path, unreadable, caplog, error):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, {"params": {"w": np.ones(3, np.float32)}}, {})
+    checkpoints.close()
+    unreadable.append(("2/progress/metadata", 1, error))
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.latest, checkpoints.set_aside) == (2, [])
+    assert "but process 0 reads it as it was written" in caplog.text
 
 
 # Through a whole run
@@ -191,7 +294,10 @@ def refusing(monkeypatch):
     return steps
 
 
-def test_a_run_outlives_saves_that_fail_and_ends_where_they_do_not_end(often, undisturbed, refusing, caplog):
+def test_a_run_outlives_saves_that_fail_and_ends_where_they_do_not_end(
+    often, undisturbed, refusing, caplog, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "PAUSES", ())
     refusing |= {4, 6, 10}
     run = train(replace(often, name="some"), "")
     np.testing.assert_equal(weights(run), weights(undisturbed))
@@ -209,6 +315,10 @@ def test_a_run_outlives_saves_that_fail_and_ends_where_they_do_not_end(often, un
     refusing |= {12}
     with pytest.raises(UserError, match="the last checkpoint could not be saved"):
         train(replace(often, name="last"), "")
+
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.01,))  # and once more, when there is room again
+    run = train(replace(often, name="again"), "")
+    np.testing.assert_equal(weights(run), weights(undisturbed))
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(often, undisturbed, caplog):

@@ -15,16 +15,17 @@ from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.manifest import MANIFEST, faults
 
 SCRIPT = """
-import json, resource, sys
+import errno, json, resource, sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from eurollm_jax.errors import UserError
+from eurollm_jax.errors import LostError, UserError
 from eurollm_jax.parallel.distributed import Coordination, connect
 
 folder, address, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 connect(Coordination(address, 2, process))
 from eurollm_jax.parallel import messages
+from eurollm_jax.training import manifest
 from eurollm_jax.training.checkpoint import Checkpoints
 from eurollm_jax.training.saving import Saving
 
@@ -66,6 +67,22 @@ limit(resource.RLIM_INFINITY)
 checkpoints.save(4, state(4), {"row": 4})
 checkpoints.close()
 seen["closed"] = checkpoints.latest
+
+# One node's stale view, or its lost file server, condemns nothing; where the first cannot read, all stop.
+honest = manifest.file_sha256
+def unreadable(path):
+    raise OSError(errno.EIO, "Input/output error", str(path))
+def missing(path):
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+for number, view in enumerate((unreadable, missing, lambda path: 64 * "0")):
+    manifest.file_sha256 = view if process == 1 else honest
+    seen[f"other view {number}"] = Checkpoints(folder).latest
+manifest.file_sha256 = unreadable if process == 0 else honest
+try:
+    Checkpoints(folder)
+except LostError as error:
+    seen["lost"] = str(error)
+manifest.file_sha256 = honest
 if process == 0:
     (file,) = (folder / "4" / "state").glob("manifest.ocdbt")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -74,6 +91,8 @@ messages.told("test", "damaged")
 
 checkpoints = Checkpoints(folder)
 seen["fallen back"] = checkpoints.latest
+seen["permanent"] = [checkpoints.newest_permanent(before) for before in (5, 2, 1)]
+seen["aside"] = [name.partition("-")[0] for name in checkpoints.set_aside]
 for sharding in (spread, NamedSharding(mesh, P(None, "x")), everywhere):
     tree, progress = checkpoints.restore(abstract(sharding))
     wanted = 2 + np.arange(64 * 1024, dtype=np.float32).reshape(64, 1024)
@@ -114,6 +133,12 @@ def test_two_processes_save_fall_back_and_restore_as_one(tmp_path):
     assert seen[0].pop("keys") < 10  # what has been read is not kept: a run of weeks saves thousands of times
     assert seen[0] == seen[1]
     assert [seen[0][name] for name in ("saved", "after one failure", "closed", "fallen back")] == [2, 2, 4, 2]
+    assert [seen[0][f"other view {number}"] for number in range(3)] == [4, 4, 4]
+    for view in ("could not be read (input/output error)", "is missing", "is not what was written"):
+        assert any(f"{view}, but process 0 reads it as" in line for line in ended[0][1].splitlines()), view
+    assert "to process 1 " in ended[0][1]
+    assert "could not be read (input/output error): nothing was changed" in seen[0]["lost"]
+    assert (seen[0]["permanent"], seen[0]["aside"]) == ([2, 1, None], ["4.damaged"])
     assert "does not fit what is to be restored" in seen[0]["refused"]
     assert len(seen[0]["refused"]) < 1000
     assert "IS NOT SAVED: process 1: there is no room (file too large)" in ended[0][1]

@@ -1,6 +1,8 @@
 """Real processes that hold a run directory and are killed or stopped; other hosts are other names for this one."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from eurollm_jax.errors import UserError
+from eurollm_jax.errors import StoppedError, UserError
 from eurollm_jax.training import lock
 from eurollm_jax.training.lock import locked
 
@@ -160,6 +162,60 @@ def test_who_was_stopped_and_has_lost_the_directory_ends(tmp_path):
             assert holder.wait(LIMIT) == 76
             assert f"was taken over by another process (process {os.getpid()} on {here()}" in holder.stderr.read()
             assert (tmp_path / ".lease").exists()
+
+
+def test_a_lease_that_tells_nothing_any_more_is_written_again(tmp_path):
+    with started(tmp_path, "elsewhere", "without") as (holder,):
+        assert holder.stdout.readline() == "held\n"
+        (tmp_path / ".lease").write_text("\0" * 1000)
+        end = time.monotonic() + LIMIT
+        while f'"pid": {holder.pid},' not in (tmp_path / ".lease").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert "\0" not in (tmp_path / ".lease").read_text()
+        assert holder.poll() is None
+
+
+def test_a_lease_that_another_one_takes_in_the_meantime_is_let_be(tmp_path, monkeypatch):
+    """It found the same dead process's lease, and was faster."""
+    (tmp_path / ".lease").write_text("left\n")
+    faster, found = lock._content(lock.Holder.me(), 0), lock._require_dead
+
+    def slowly(run, lease):
+        dead = found(run, lease)
+        if dead == "left\n":
+            lease.write_text(faster)
+        return dead
+
+    monkeypatch.setattr(lock, "_require_dead", slowly)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on {here()}"), locked(tmp_path):
+        pass
+    assert (tmp_path / ".lease").read_text() == faster
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease", ".lock"]
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), locked(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_directory_that_cannot_be_let_go_of_does_not_hide_why_a_run_ended(tmp_path, monkeypatch):
+    def stale(path, *arguments, **options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def ended():
+        with locked(tmp_path):
+            monkeypatch.setattr(Path, "unlink", stale)
+            raise StoppedError("all is saved.")
+
+    with pytest.raises(StoppedError, match="all is saved"):
+        ended()
 
 
 def test_of_several_at_once_without_locks_one_holds(tmp_path, monkeypatch):

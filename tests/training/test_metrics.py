@@ -1,6 +1,8 @@
 """What a run's figures are made of: the machine's peak, time, and the lines of metrics.jsonl."""
 
 import json
+import resource
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -80,3 +82,46 @@ def test_what_lies_beyond_the_step_of_a_restart_is_dropped(tmp_path):
         ("restart", 2, 2.0),
         ("train", 3, None),
     ]
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, caplog):
+    """A limit on the size of files stands for the disk: the system refuses in the same way, in the midst of a line."""
+    with MetricsWriter(tmp_path, resume_at=0, facts={}) as writer:
+        room = (tmp_path / "metrics.jsonl").stat().st_size + 10
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            for step in (1, 2, 3):
+                writer.write({"kind": "train", "step": step})
+            assert not writer.secure()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert [record["kind"] for record in read(tmp_path)] == ["start"]
+        writer.write({"kind": "train", "step": 4})
+        assert writer.secure()
+    assert [record["step"] for record in read(tmp_path)] == [0, 1, 2, 3, 4]
+    assert caplog.text.count("CANNOT BE WRITTEN") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_curves_that_cannot_be_written_do_not_hold_the_run(tmp_path, caplog):
+    with MetricsWriter(tmp_path, resume_at=0, facts={}) as writer:
+        writer.curves(1, {"loss": 1.0})
+        events = writer._board.file_writer.event_writer
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        events._ev_writer.write_event = refuse
+        writer.curves(2, {"loss": 1.0})
+        events._worker.join(60)
+        assert not events._worker.is_alive()
+        for step in range(3, 100):  # more than its queue takes
+            writer.curves(step, {"loss": 1.0})
+    assert caplog.text.count("CURVES END HERE") == 1
+
+
+def read(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -83,9 +83,11 @@ def _prune(arguments: argparse.Namespace) -> None:
 
     folder = _folder(arguments.run)
     rule = _rule(read_record(arguments.run)["experiment"].get("saving"), arguments)
+    said = f"the rule is last={rule.last}, every={rule.every}, best={rule.best}, before_decay={rule.before_decay}"
     if arguments.dry_run:
         for step in removable(folder, rule):
             print(f"step {step} would be deleted ({_size(folder / str(step))})")
+        print(said)
         return
     with locked(arguments.run):
         going = removable(folder, rule)
@@ -100,7 +102,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             remove(folder / str(step))
             print(f"step {step} is deleted ({size})")
     left = ", ".join(str(saved.step) for saved in saved_in(folder)) or "none"
-    print(f"{folder}: left are {left} (last={rule.last}, every={rule.every}, best={rule.best})")
+    print(f"{folder}: left are {left} ({said})")
 
 
 def _rule(recorded: dict[str, object] | None, arguments: argparse.Namespace) -> "Saving":

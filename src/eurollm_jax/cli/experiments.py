@@ -3,15 +3,20 @@
 import argparse
 import json
 import logging
+import os
 import re
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 from eurollm_jax.cli.arguments import Subcommands, command, experiment_of, with_experiment
-from eurollm_jax.errors import UserError
+from eurollm_jax.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
     from eurollm_jax.model.config import TransformerConfig
@@ -67,7 +72,32 @@ def _seconds(text: str) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def _end_at_once(number: int, frame: object) -> NoReturn:
+    """While nothing is trained yet there is nothing to save, and nobody to wait for."""
+    said = f"eurollm: stopped by {signal.Signals(number).name} while nothing was trained; the same command begins again"
+    os.write(2, f"{said}\n".encode())
+    os._exit(StoppedError.status)
+
+
+@contextmanager
+def _signals_end_at_once() -> Iterator[None]:
+    """Until the loop takes them, and after it."""
+    main = threading.current_thread() is threading.main_thread()  # no other may
+    numbers = (signal.SIGTERM, signal.SIGUSR1) if main else ()
+    before = {number: signal.signal(number, _end_at_once) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _train(arguments: argparse.Namespace) -> None:
+    with _signals_end_at_once():
+        _train_or_go_on(arguments)
+
+
+def _train_or_go_on(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     # Such an option stands before the experiment's file or among the fields after it.
     options = _with_run_options(argparse.ArgumentParser(prog=arguments.parser.prog, add_help=False, allow_abbrev=False))

@@ -98,10 +98,13 @@ def removal_is_named(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` for a person to read: indented, letters of every script as they are; whole or not at all."""
+    """Write `value` for a person to read: indented, letters of every script as they are; whole or not at all, and on
+    disk when this returns."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync_file(partial)  # a rename may reach the disk before what was written
     partial.replace(path)
+    _sync_folder(path.parent)
 
 
 def read_json(path: Path) -> Any:

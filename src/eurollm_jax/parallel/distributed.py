@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +19,9 @@ import numpy as np
 
 from eurollm_jax.errors import UserError
 
-CLUSTERS = {"SLURM_NTASKS": "slurm", "OMPI_COMM_WORLD_SIZE": "ompi"}  # how many tasks there are -> JAX's name for it
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # set by launchers and schedulers
 START_SECONDS = 300  # that processes wait for each other at the start
-HEARTBEAT_SECONDS = 60  # after which JAX's own service takes a silent process for dead
+HEARTBEAT_SECONDS = 180  # after which JAX aborts all without a name: later than parallel/liveness.py finds out
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,12 @@ class Coordination:
 def connect(by_hand: Coordination | None = None) -> None:
     """Joins this process to the others of its job; call it before any device is used.
 
-    Without `by_hand`, a Slurm step or an Open MPI launch of several tasks is recognised by its variables; everything
-    else is one process. Raises UserError where the others cannot be reached.
+    Without `by_hand`, an Open MPI launch or a Slurm step of several tasks is recognised by its variables; everything
+    else is one process. A process uses all devices that it sees, or its share of them where it has others beside it on
+    its host. Raises UserError where the others cannot be reached.
     """
-    found = next((name for size, name in CLUSTERS.items() if int(os.environ.get(size, "1")) > 1), None)
-    if by_hand is None and (found is None or (found == "slurm" and "SLURM_STEP_NODELIST" not in os.environ)):
-        return  # an interactive shell in an allocation of several tasks is one process
-    if by_hand is not None and by_hand.processes == 1:
+    launcher = None if by_hand is not None else _launcher()
+    if launcher is None and (by_hand is None or by_hand.processes == 1):
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which training/stopping.py does
     initialize = partial(
@@ -59,14 +60,44 @@ def connect(by_hand: Coordination | None = None) -> None:
     )
     try:
         if by_hand is not None:
-            initialize(by_hand.address, by_hand.processes, by_hand.index)
+            where = by_hand.address, by_hand.processes, by_hand.index
+            initialize(*where, cluster_detection_method="deactivate")
         else:
-            initialize(cluster_detection_method=found)
+            initialize(cluster_detection_method=launcher, local_device_ids=_own_devices())
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of this run do not find each other ({str(error).splitlines()[0]}): check that all were "
             "started, with one address, and that the network lets them through."
         ) from error
+
+
+def _launcher() -> str | None:
+    """JAX's name of what has started this process as one of several."""
+    if _number("OMPI_COMM_WORLD_SIZE") > 1:  # first, for its processes have Slurm's variables of the one that began it
+        return "ompi"
+    if "SLURM_STEP_NODELIST" not in os.environ:
+        return None  # a shell in an allocation of several tasks is one process
+    return "slurm" if _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1 else None
+
+
+def _own_devices() -> Sequence[int]:
+    """Which of the devices that a process sees are its own: none named are all of them.
+
+    JAX would take the one that has the process's number on its host, for one task a node the first of many, and for
+    tasks that each see a single device one that is not there.
+    """
+    here = _number("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    own = _number("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=0)
+    seen = next((len(os.environ[name].split(",")) for name in VISIBLE if os.environ.get(name)), here)
+    share = seen // here
+    return () if here == 1 or share == 0 or seen == 1 else range(own * share, (own + 1) * share)
+
+
+def _number(*names: str, default: int = 1) -> int:
+    """What the first of these that is there begins with: Slurm writes 4(x2) for 4 tasks on each of 2 nodes."""
+    found = next((os.environ[name] for name in names if name in os.environ), "")
+    digits = re.match(r"\d+", found)
+    return int(digits[0]) if digits else default
 
 
 def is_first() -> bool:

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 2.0  # between two signs of life
 MEET_SECONDS = 120.0  # that process 0 waits for the others at the start
 LINGER_SECONDS = 5.0  # that process 0 leaves the others for their end: JAX aborts them once its service is gone
-HELLO_SECONDS = 10.0  # that process 0 has to answer a new connection
+HELLO_SECONDS = 10.0  # that a new connection has to say whose it is, and process 0 to answer
+HELLO_BYTES = 4096  # above what that takes
 SEND_SECONDS = 10.0  # that the other end has to make room for a message
 
 type Message = dict[str, Any]
@@ -45,6 +46,11 @@ class Line:
         """To one that is gone, nothing: that is noticed where its answer is awaited."""
         with self._sending, suppress(OSError):
             self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    @property
+    def begun(self) -> int:
+        """Bytes of a message whose end is still to come."""
+        return len(self._unread)
 
     def answers(self, seconds: float) -> bool:
         """Whether something comes within so many seconds, which is then still to be received."""
@@ -119,6 +125,7 @@ class Hub:
     def _watch(self) -> bool:
         """Until all are done: True; or until the others have ended after a verdict: False."""
         began = beat = time.monotonic()
+        unknown: dict[Line, float] = {}  # until when they may say whose they are
         with selectors.DefaultSelector() as selector:
             selector.register(self._server, selectors.EVENT_READ)
             selector.register(self._members[0].line, selectors.EVENT_READ, 0)
@@ -126,16 +133,26 @@ class Hub:
                 for key, _ in selector.select(BEAT_SECONDS):
                     if key.fileobj is self._server:
                         with suppress(OSError):  # gone already
-                            selector.register(Line(self._server.accept()[0]), selectors.EVENT_READ, None)
+                            line = Line(self._server.accept()[0])
+                            selector.register(line, selectors.EVENT_READ, None)
+                            unknown[line] = time.monotonic() + HELLO_SECONDS
                     elif isinstance(key.fileobj, Line) and key.data is None:
-                        joined = self._admitted(key.fileobj)
+                        messages = key.fileobj.receive(0)
+                        if messages == [] and key.fileobj.begun <= HELLO_BYTES:
+                            continue  # the rest is under way
+                        del unknown[key.fileobj]
                         selector.unregister(key.fileobj)
+                        joined = self._admitted(key.fileobj, messages)
                         if joined is None:
                             key.fileobj.close()
                         else:
                             selector.register(key.fileobj, selectors.EVENT_READ, joined)
                     elif not self._hear(key.data):
                         selector.unregister(key.fileobj)
+                for line in [line for line, until in unknown.items() if until < time.monotonic()]:
+                    del unknown[line]
+                    selector.unregister(line)
+                    line.close()
                 if self._judged is None and (verdict := self._verdict(time.monotonic() - began)) is not None:
                     self._judged = verdict
                     self._tell(verdict)
@@ -148,9 +165,9 @@ class Hub:
                     self._tell({"beat": True})
                     beat = now
 
-    def _admitted(self, line: Line) -> int | None:
+    def _admitted(self, line: Line, messages: list[Message] | None) -> int | None:
         """The number of the process that has come; None for a stranger, who does not know the word."""
-        hello = next(iter(line.receive(0) or []), {})
+        hello = next(iter(messages or []), {})
         if not secrets.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
             return None
         line.send({"beat": True})
@@ -189,7 +206,7 @@ class Hub:
             silent = now - member.heard
             if silent > max(self._silence, 2 * BEAT_SECONDS):
                 said = f"{self._name(index)} has not answered for {silent:.0f} s, at: {member.phase}"
-                return _lost(f"{said}; it is stopped, or its host is down.")
+                return _lost(f"{said}; it is stopped, its host is down, or a file system holds it up.")
         missing = [index for index in range(self._processes) if index not in self._members]
         if missing and age > MEET_SECONDS:
             return _lost(f"process {', '.join(map(str, missing))} has not come within {MEET_SECONDS:.0f} s.")

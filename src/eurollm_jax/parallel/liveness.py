@@ -31,8 +31,10 @@ from eurollm_jax.parallel.hub import BEAT_SECONDS, LINGER_SECONDS, MEET_SECONDS,
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 30.0  # above what one call into a compiler or a library may hold the interpreter
+SILENCE_SECONDS = 120.0  # above what a compiler, a library, or a file system that fails over may hold the interpreter
 CULPRIT_SECONDS = 5.0  # that a process waits for another's name, whose own error may follow from that one's end
+HOOK_SECONDS = 4.0  # that the stacks, and the note of the end, may take: the run's file system may be what hangs
+FORCE_SECONDS = 10.0  # after which a process ends, said or not: sooner than JAX aborts it, which process 0's end begins
 
 _calls = itertools.count()
 
@@ -48,6 +50,8 @@ class RollCall:
     def __init__(self, silence: float = SILENCE_SECONDS) -> None:
         self.on_hang: Callable[[], object] = lambda: None
         """Called before this process is ended because it, or another one, makes no progress."""
+        self.on_end: Callable[[str], object] = lambda line: None
+        """Called before this process is ended by an error or a loss, with the line that says which."""
         self._silence = silence
         self._phase = "starting"
         self._hub: Hub | None = None  # of process 0
@@ -75,10 +79,12 @@ class RollCall:
         if _may_follow_from_another(error):
             self._ending.wait(CULPRIT_SECONDS)
         if self._ending.is_set():  # another's error or end is why; the thread that knows ends this process
-            time.sleep(2 * LINGER_SECONDS)
+            time.sleep(FORCE_SECONDS + 2 * LINGER_SECONDS)
+        reason, status = _reason_and_status(error)
         if not isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+            _end_by_force(status, FORCE_SECONDS + 2 * LINGER_SECONDS)
             traceback.print_exception(error)
-        self._fail(*_reason_and_status(error))
+        self._fail(reason, status)
 
     def phase(self, name: str) -> None:
         """What this process does from now on; told where one of them makes no progress."""
@@ -102,11 +108,11 @@ class RollCall:
             try:
                 invitation = json.loads(state.client.blocking_key_value_get(key, int(1000 * MEET_SECONDS)))
             except jax.errors.JaxRuntimeError:
-                _end(f"process 0 has not come within {MEET_SECONDS:.0f} s: see what it says.", LostError.status)
+                self._leave(f"process 0 has not come within {MEET_SECONDS:.0f} s: see what it says.", LostError.status)
             self._line, self._host_of_hub = connected(invitation, {"process": state.process_id}), invitation["host"]
             if self._line is None:
                 hosts = " or ".join(invitation["hosts"])
-                _end(
+                self._leave(
                     f"process {state.process_id} cannot reach process 0 at port {invitation['port']} of {hosts}: let "
                     "the hosts of a job connect to each other at any port.",
                     UserError.status,
@@ -137,7 +143,7 @@ class RollCall:
             silent = time.monotonic() - heard
             if silent > max(self._silence, 2 * BEAT_SECONDS):
                 said = f"process 0 on {self._host_of_hub} has not answered for {silent:.0f} s"
-                self._leave(f"{said}; it is stopped, or its host is down.", LostError.status)
+                self._leave(f"{said}; it is stopped, its host is down, or a file system holds it up.", LostError.status)
 
     def _fail(self, reason: str, status: int, *, hang: bool = False) -> NoReturn:
         """Tells process 0, whose verdict ends all, this one too."""
@@ -149,12 +155,13 @@ class RollCall:
     def _leave(self, line: str, status: int, *, hang: bool = False) -> NoReturn:
         self._leaving.acquire()
         self._ending.set()
+        _end_by_force(status, FORCE_SECONDS + (LINGER_SECONDS if self._hub is not None else 0))
         if hang:
-            with suppress(Exception):
-                self.on_hang()
+            _call(self.on_hang)
+        _call(lambda: self.on_end(line))
         if self._hub is not None:
             self._hub.linger()
-        _end(line, status)
+        end_process(line, status)
 
 
 def _reason_and_status(error: BaseException) -> tuple[str, int]:
@@ -178,16 +185,47 @@ def _may_follow_from_another(error: BaseException) -> bool:
     return False
 
 
-def _end(line: str, status: int) -> NoReturn:
+def end_process(line: str, status: int) -> NoReturn:
     """Says why, and ends this process now: what the interpreter does at its end would wait for the other processes."""
+    _end_by_force(status, FORCE_SECONDS)
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+    handlers = (*logging.getLogger().handlers, *logging.getLogger("eurollm_jax").handlers)
+    for handler in (*handlers, logging.lastResort):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            handler.setLevel(logging.CRITICAL + 1)  # has it already, past whatever else the log writes to
     log.critical("%s", line)
-    for handler in (*logging.getLogger().handlers, *logging.getLogger("eurollm_jax").handlers):
+    for handler in handlers:
         with suppress(Exception):
             handler.flush()
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
     os._exit(status)
+
+
+def _end_by_force(status: int, seconds: float) -> None:
+    """Ends this process after so long, whatever blocks until then: a log's lock, a full pipe, the run's file system."""
+
+    def wait_and_end() -> None:
+        time.sleep(seconds)
+        os._exit(status)
+
+    with suppress(RuntimeError):  # no more threads
+        threading.Thread(target=wait_and_end, name="end", daemon=True).start()
+
+
+def _call(hook: Callable[[], object]) -> None:
+    """For so long that the rest still has its time."""
+
+    def call() -> None:
+        with suppress(Exception):
+            hook()
+
+    with suppress(RuntimeError):
+        called = threading.Thread(target=call, name="at the end", daemon=True)
+        called.start()
+        called.join(HOOK_SECONDS)
 
 
 def _delay_aborts() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from eurollm_jax.corpus.folders import new_folder
-from eurollm_jax.errors import UserError
+from eurollm_jax.errors import LostError, UserError
 from eurollm_jax.parallel.messages import collected, process_number, told
 from eurollm_jax.training.commit import (
     OF_ORBAX,
@@ -28,10 +28,11 @@ from eurollm_jax.training.commit import (
     RefusedError,
     Save,
     clear_unfinished,
+    hide_aftermath,
     saved_in,
     settle,
 )
-from eurollm_jax.training.manifest import MANIFEST, agreed_faults, faults, seal
+from eurollm_jax.training.manifest import MANIFEST, Alive, agreed_faults, faults, seal
 from eurollm_jax.training.saving import Kind, Saved, Saving
 from eurollm_jax.training.weights import (
     STATE,
@@ -41,13 +42,18 @@ from eurollm_jax.training.weights import (
     PieceHandler,
     SavedWeights,
     leaves_to_write,
+    system_error,
 )
 
 __all__ = ("MANIFEST", "Checkpoints", "faults", "write_checkpoint")
 
 log = logging.getLogger(__name__)
 
+PAUSES = (5.0, 15.0, 40.0)  # seconds before each further try of a save that may be the run's last
+
 _TOPIC = "checkpoints"
+_DAMAGED = ".damaged-"  # in a checkpoint's name, before the time at which it was set aside
+_UNREAD = "could not be read: "
 
 
 class Checkpoints:
@@ -58,7 +64,8 @@ class Checkpoints:
     is touched, so that a run can be looked at while it trains. Devices are used by saving and restoring alone.
 
     `saving` says what is kept, `permanent` of which steps the checkpoint is no temporary one, and `decay_begins` which
-    of these stands before a decay. All processes of a run call what is here alike, and in the same order.
+    of these stands before a decay. `alive` is called now and then while files are read for their hashes. All processes
+    of a run call what is here alike, and in the same order; where files cannot be read, all of them raise LostError.
     """
 
     def __init__(
@@ -69,13 +76,15 @@ class Checkpoints:
         permanent: Callable[[int], bool] | None = None,
         decay_begins: int | None = None,
         read_only: bool = False,
+        alive: Alive = lambda: None,
     ) -> None:
         self.folder = folder.absolute()
         self._saving, self._permanent, self._decay_begins = saving or Saving(), permanent, decay_begins
-        self._read_only = read_only
+        self._read_only, self._alive = read_only, alive
         self._verified: dict[int, bool] = {}  # step -> whether it is sound
         self._save: Save | None = None
         self._failures, self._reason = 0, ""  # how many saves in a row, and why the last one
+        self._refused: Save | None = None  # the last of them; its state is gone once a step has written to its memory
         settle(self.folder)
         if not read_only and process_number() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +98,18 @@ class Checkpoints:
         """The steps of all sound checkpoints, the newest last. Each file is hashed once, at the first call."""
         return list(self._sound())[::-1]
 
-    def permanent_steps(self) -> list[int]:
-        """The same without the temporary ones, whose steps depend on the wall clock."""
-        kinds = {found.step: found.kind for found in saved_in(self.folder)}
-        return [step for step in self.steps() if kinds.get(step) != "temporary"]
+    def newest_permanent(self, before: int) -> int | None:
+        """The step of the newest sound checkpoint from before a step, without the temporary ones, whose steps depend on
+        the wall clock. Older ones are not read."""
+        return next(self._sound(lambda saved: saved.kind != "temporary" and saved.step < before), None)
+
+    @property
+    def set_aside(self) -> list[str]:
+        """The names of the folders that were renamed because they were damaged, as the first process sees them."""
+        names: list[str] = json.loads(
+            told(_TOPIC, json.dumps(sorted(path.name for path in self.folder.glob(f"*{_DAMAGED}*"))))
+        )
+        return names
 
     def weights(self, step: int | None = None, item: Item = "params") -> SavedWeights:
         """The parameters of the newest checkpoint, or of another one, or the moving average of them that it holds."""
@@ -121,10 +138,19 @@ class Checkpoints:
         UserError. Raises here, too, what else went wrong with the save before.
         """
         self.wait()
+        self._refused = None
         content = Content(Saved(step, self._kind(step), score), _parts(state), progress)
         self._save = Save(self.folder, content, self._arrays, self._saving)
         if self._save.error is not None or not self._saving.asynchronous:
             self.wait()
+
+    def refuse(self, why: str) -> None:
+        """Counts a save that cannot even begin as one that the system refused, with the same consequences."""
+        self.wait()
+        self._failures, self._reason, self._refused = self._failures + 1, why, None
+        if process_number() == 0:
+            log.error("A CHECKPOINT IS NOT SAVED in %s: %s. The one before it stays.", self.folder, why)
+        self._require_few()
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The newest sound checkpoint, or another one, in the shapes, types and shardings of `abstract`."""
@@ -139,25 +165,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the save under way is committed or given up; raises UserError where too many were given up in a row."""
-        save, self._save = self._save, None
-        if save is None:
-            return
-        save.wait()
-        if save.error is None:
-            self.latest, self._failures = save.step, 0
-            self.longest = max(self.longest, save.seconds)
-            return
-        if not isinstance(save.error, RefusedError):
-            raise save.error
-        self._failures, self._reason = self._failures + 1, str(save.error)
-        if self._failures >= self._saving.failures:
-            raise UserError(f"{self._not_saved()} (saving.failures={self._saving.failures}).") from save.error
+        if self._refused_now():
+            self._require_few()
 
     def close(self) -> None:
-        """Waits for the save under way; raises UserError where the last one was given up."""
-        self.wait()
+        """Waits for the save under way. Where it is given up, and its state is still there, it is tried again with
+        pauses; raises UserError where that is of no use."""
+        self._refused_now()
         if self._failures:
-            raise UserError(f"{self._not_saved()}.")
+            self._insist()
 
     @cached_property
     def _arrays(self) -> ocp.PyTreeCheckpointHandler:
@@ -175,10 +191,20 @@ class Checkpoints:
             restored = self._arrays.restore(path / STATE, args=args)
             progress = json.loads((path / PROGRESS).read_text())
         except Exception as error:  # those of Orbax are of many kinds, with megabytes of text
+            hide_aftermath()
             own = error
-        said = "" if own is None else f"{type(own).__name__}: {str(own).partition('[tensorstore')[0][:300]}"
+        said = ""
+        if own is not None and (unread := system_error(own)):
+            said = _UNREAD + str(unread.strerror).lower()
+        elif own is not None:
+            said = f"{type(own).__name__}: {str(own).partition('[tensorstore')[0][:300]}"
         found = next(filter(None, collected(_TOPIC, said)), "")
         if found := told(_TOPIC, found):
+            if found.startswith(_UNREAD):
+                raise LostError(
+                    f"{path} {found}: nothing was changed, and the same command tries again; if it stays so, mend the "
+                    "file system, or move that folder away to go on from the checkpoint before it."
+                ) from own
             raise UserError(
                 f"{path} is as it was written and does not fit what is to be restored ({' '.join(found.split())}): "
                 "use the experiment and the version that wrote it, or begin with its weights alone by start_from."
@@ -189,6 +215,40 @@ class Checkpoints:
         if step == self._decay_begins:
             return "before decay"
         return "permanent" if self._permanent is None or self._permanent(step) else "temporary"
+
+    def _refused_now(self) -> bool:
+        """Waits for the save under way, where there is one, and says whether it was given up."""
+        save, self._save = self._save, None
+        if save is None:
+            return False
+        save.wait(self._alive)
+        if save.error is None:
+            self.latest, self._failures, self._refused = save.step, 0, None
+            self.longest = max(self.longest, save.seconds)
+            return False
+        if not isinstance(save.error, RefusedError):
+            raise save.error
+        self._failures, self._reason, self._refused = self._failures + 1, str(save.error), save
+        return True
+
+    def _require_few(self) -> None:
+        if self._failures >= self._saving.failures:
+            self._insist(f" (saving.failures={self._saving.failures})")
+
+    def _insist(self, why: str = "") -> None:
+        """Tries the save that was refused last again; raises UserError where it cannot be done."""
+        refused = self._refused
+        for pause in PAUSES:
+            if refused is None or _is_gone(refused.content.parts):
+                break
+            if process_number() == 0:
+                log.warning("step %d is tried again in %g seconds", refused.step, pause)
+            self._alive()
+            time.sleep(pause)
+            self._save = Save(self.folder, refused.content, self._arrays, self._saving)
+            if not self._refused_now():
+                return
+        raise UserError(f"{self._not_saved()}{why}.") from (None if refused is None else refused.error)
 
     def _not_saved(self) -> str:
         which = "the last checkpoint" if self._failures == 1 else f"the last {self._failures} checkpoints"
@@ -207,9 +267,20 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
-    def _sound(self) -> Iterator[int]:
-        """The steps of the checkpoints that are as they were written, the newest first, verified as they are met."""
-        steps = json.loads(told(_TOPIC, json.dumps([found.step for found in saved_in(self.folder)])))
+    def _sound(self, wanted: Callable[[Saved], bool] = lambda _: True) -> Iterator[int]:
+        """The steps of the wanted checkpoints that are as they were written, the newest first, verified as they are
+        met; which are wanted, the first process says."""
+        steps: list[int] | str = []
+        if process_number() == 0:
+            try:
+                steps = [found.step for found in saved_in(self.folder) if wanted(found)]
+            except OSError as error:
+                steps = str(error.strerror).lower()
+        steps = json.loads(told(_TOPIC, json.dumps(steps)))
+        if isinstance(steps, str):
+            raise LostError(
+                f"{self.folder} could not be read ({steps}): nothing was changed, and the same command tries again."
+            )
         return (step for step in reversed(steps) if self._is_sound(step))
 
     def _is_sound(self, step: int) -> bool:
@@ -217,14 +288,14 @@ class Checkpoints:
         if step in self._verified:
             return self._verified[step]
         path = self._path(step)
-        problems = agreed_faults(path, _TOPIC)
+        problems = agreed_faults(path, _TOPIC, self._alive)
         if problems and told(_TOPIC, "" if path.is_dir() else "gone"):
             return False  # the run has removed it meanwhile
         if problems and process_number() == 0:
             named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
             log.error("checkpoint %s is damaged (%s): the one before it takes its place", path, named)
             if not self._read_only:
-                path.rename(self.folder / f"{step}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+                path.rename(self.folder / f"{step}{_DAMAGED}{time.strftime('%Y%m%dT%H%M%S')}")
         if problems and not self._read_only:
             return False
         self._verified[step] = not problems
@@ -269,3 +340,8 @@ def _parts(state: Any) -> dict[str, Any]:
     """The parts of a state by name. One that is None is left out: a state with and without it is then stored alike."""
     parts = state if isinstance(state, Mapping) else {field.name: getattr(state, field.name) for field in fields(state)}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def _is_gone(parts: Mapping[str, Any]) -> bool:
+    """Whether a step has written to the memory of a state, which it was given for that."""
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(parts))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,26 +25,13 @@ from etils import epath  # type: ignore[import-untyped]
 
 from eurollm_jax.corpus.folders import discard_folder
 from eurollm_jax.parallel.messages import collected, process_number, processes, told
-from eurollm_jax.training.manifest import agreed_hashes, sync, sync_tree, write_manifest
+from eurollm_jax.training.manifest import Alive, agreed_hashes, sync, sync_tree, write_manifest
 from eurollm_jax.training.saving import KINDS, Saved, Saving, kept
 from eurollm_jax.training.weights import STATE, save_args, system_error
 
 log = logging.getLogger(__name__)
-# Where a write or a read fails, Orbax logs pages of traceback, and ends the event loop that all others report to, which
-# Python then tells of hundreds of times. What failed is raised, and said in one line.
+# Where a write or a read fails, Orbax logs pages of traceback. What failed is raised, and said in one line.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
-_hook_before = sys.unraisablehook
-
-
-def _without_aftermath(unraisable: "sys.UnraisableHookArgs") -> None:
-    error = unraisable.exc_value
-    ended = unraisable.object is None and str(error) == "Event loop is closed"
-    dropped = error is not None and isinstance(error.__cause__, GeneratorExit)
-    if not ended and not dropped:
-        _hook_before(unraisable)
-
-
-sys.unraisablehook = _without_aftermath
 
 ABOUT = "about.json"  # what a rule for keeping checkpoints has to know of one
 PROGRESS = "progress/metadata"  # where Orbax keeps a JSON object
@@ -51,6 +39,8 @@ OF_ORBAX = "_CHECKPOINT_METADATA"  # Orbax warns at a restore of its own where i
 UNFINISHED = ".orbax-checkpoint-tmp"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TOPIC = "saving"
+
+_EACH = 1.0  # seconds between two looks at whether a save goes on
 
 _running: dict[Path, Thread] = {}  # folder -> what writes there, even after an error has ended the training
 
@@ -73,12 +63,13 @@ class Save:
 
     def __init__(self, folder: Path, content: Content, arrays: Any, rule: Saving) -> None:
         """Copies the state, or finds that there is no room for it, and returns; the files follow."""
-        self.step = content.saved.step
+        self.step, self.content = content.saved.step, content
         self.error: Exception | None = None
         self.seconds = 0.0  # from here to the commit
         self._began = time.perf_counter()
-        self._folder, self._content, self._arrays, self._rule = folder, content, arrays, rule
+        self._folder, self._arrays, self._rule = folder, arrays, rule
         self._thread: Thread | None = None
+        self._read = 0  # files, to be hashed
         self._unfinished = folder / f"{self.step}{UNFINISHED}"
         refused = told(_TOPIC, self._begin() if process_number() == 0 else "")
         if refused:
@@ -89,21 +80,26 @@ class Save:
         try:
             commits = _copied(arrays, self._unfinished / STATE, content.parts)
         except Exception as raised:  # the others learn of it in the first stage
+            hide_aftermath()
             error = raised
         self._thread = Thread(target=self._run, args=(commits, error), name=f"saving step {self.step}")
         _running[folder] = self._thread
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until it is committed or given up; `error` says which."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, alive: Alive = lambda: None) -> None:
+        """Until it is committed or given up; `error` says which. `alive` is called while files are hashed."""
+        read = 0
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_EACH)
+            if read != self._read:
+                read = self._read
+                alive()
 
     def _begin(self) -> str:
         """Makes the folder; what speaks against it."""
         clear_unfinished(self._folder)
         try:
-            needed, free = _bytes(self._content.parts), shutil.disk_usage(self._folder).free
+            needed, free = _bytes(self.content.parts), shutil.disk_usage(self._folder).free
             if needed > free:
                 return f"{_size(needed)} are needed and {_size(free)} are free"
             for path in (self._unfinished, self._unfinished / STATE, (self._unfinished / PROGRESS).parent):
@@ -116,15 +112,21 @@ class Save:
         try:
             self._together(lambda: self._written(commits, error))
             self._together(self._merged, first_alone=True)
-            hashes = agreed_hashes(self._unfinished, _TOPIC)
+            hashes = agreed_hashes(self._unfinished, _TOPIC, self._has_read)
             self._together(lambda: self._renamed(hashes), first_alone=True)
         except Exception as raised:
             self._give_up(raised)
             return
         self.seconds = time.perf_counter() - self._began
         if process_number() == 0:
-            for step in removable(self._folder, self._rule):
-                remove(self._folder / str(step))
+            try:
+                for step in removable(self._folder, self._rule):
+                    remove(self._folder / str(step))
+            except OSError as error:
+                log.warning("what is old in %s stays for now: %s", self._folder, _said(error))
+
+    def _has_read(self) -> None:
+        self._read += 1
 
     def _written(self, commits: Sequence[Any], error: Exception | None) -> None:
         """All that this process writes of the state is on its disk, as far as it can tell."""
@@ -137,10 +139,10 @@ class Save:
 
     def _merged(self) -> None:
         self._arrays.finalize(self._unfinished / STATE)
-        saved = self._content.saved
+        saved = self.content.saved
         about = {"step": saved.step, "kind": saved.kind, "score": saved.score}
         (self._unfinished / ABOUT).write_text(json.dumps(about) + "\n")
-        (self._unfinished / PROGRESS).write_text(json.dumps(dict(self._content.progress)))
+        (self._unfinished / PROGRESS).write_text(json.dumps(dict(self.content.progress)))
         (self._unfinished / OF_ORBAX).write_text("{}")
 
     def _renamed(self, hashes: Mapping[str, str]) -> None:
@@ -156,6 +158,7 @@ class Save:
             try:
                 stage()
             except Exception as error:
+                hide_aftermath()
                 refused = system_error(error)
                 answer, own = {"said": _said(refused or error), "refused": refused is not None}, error
         answers = [answer] if first_alone else [json.loads(text) for text in collected(_TOPIC, json.dumps(answer))]
@@ -198,8 +201,14 @@ def remove(checkpoint: Path) -> None:
 
 
 def saved_in(folder: Path) -> list[Saved]:
-    """The checkpoints of a folder, sound or not, the newest last. One that says nothing of itself is permanent."""
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+    """The checkpoints of a folder, sound or not, the newest last. One that says nothing of itself is permanent.
+
+    Raises OSError where the folder is there and cannot be listed, which is not as if it were empty.
+    """
+    try:
+        steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    except FileNotFoundError:
+        return []
     return [_about(folder, step) for step in steps]
 
 
@@ -219,6 +228,22 @@ def _about(folder: Path, step: int) -> Saved:
     if kind not in KINDS or not isinstance(score, float | None):
         return Saved(step)
     return Saved(step, kind, score)
+
+
+@cache
+def hide_aftermath() -> None:
+    """Where a write or a read fails, Orbax ends the event loop that all others report to, which Python would tell of
+    hundreds of times from then on."""
+    before = sys.unraisablehook
+
+    def without_aftermath(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        ended = unraisable.object is None and str(error) == "Event loop is closed"
+        dropped = error is not None and isinstance(error.__cause__, GeneratorExit)
+        if not ended and not dropped:
+            before(unraisable)
+
+    sys.unraisablehook = without_aftermath
 
 
 def _copied(arrays: Any, folder: Path, parts: Mapping[str, Any]) -> Sequence[Any]:

@@ -22,6 +22,7 @@ from typing import IO
 import jax
 
 from eurollm_jax.errors import LostError, UserError
+from eurollm_jax.parallel.liveness import end_process
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ def locked(run: Path) -> Iterator[None]:
         has_locks = _has_lock(run, file, lease)
         me = Holder.me()
         while not _taken(lease, me):
-            _require_dead(run, lease)
-            _set_aside(lease)
+            _set_aside(lease, _require_dead(run, lease))
         if not has_locks:
             time.sleep(SETTLE_SECONDS)
             if (now := _holder(_read(lease))) != me:
@@ -91,8 +91,9 @@ def locked(run: Path) -> Iterator[None]:
         finally:
             ended.set()
             beating.join()
-            if _holder(_read(lease)) == me:
-                lease.unlink(missing_ok=True)
+            with suppress(OSError):  # which would take the place of what ended the run; the lease runs out
+                if _holder(_read(lease)) == me:
+                    lease.unlink(missing_ok=True)
 
 
 def _has_lock(run: Path, file: IO[str], lease: Path) -> bool:
@@ -120,34 +121,34 @@ def _held(run: Path, holder: Holder | None) -> UserError:
 def _taken(lease: Path, me: Holder) -> bool:
     """Whether the lease is mine now: it appears whole, and only where there is none."""
     mine = lease.with_name(f".lease.{me.id}")
-    mine.write_text(_content(me, 0))
     try:
-        os.link(mine, lease)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
+        mine.write_text(_content(me, 0))
         try:
+            os.link(mine, lease)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
             with lease.open("x") as file:
                 file.write(_content(me, 0))
-        except FileExistsError:
-            return False
+    except FileExistsError:
+        return False
     finally:
-        mine.unlink()
+        mine.unlink(missing_ok=True)
     return True
 
 
-def _require_dead(run: Path, lease: Path) -> None:
-    """Returns once it is known that the lease's process is dead; UserError once it is known to live."""
+def _require_dead(run: Path, lease: Path) -> str | None:
+    """The content of the lease, once it is known that its process is dead; UserError once it is known to live."""
     seen = _read(lease)
     holder = _holder(seen)
     if seen is None:
-        return
+        return None
     if holder is not None and holder.is_here:
         if holder.lives:
             raise _held(run, holder)
-        return
+        return seen
     if _age(lease) > OLD_SECONDS:
-        return
+        return seen
     by = f" by {holder}" if holder is not None else ""
     log.warning("%s was held%s: it is taken over in %.0f s unless that lives", run, by, LEASE_SECONDS)
     end = time.monotonic() + LEASE_SECONDS
@@ -155,14 +156,17 @@ def _require_dead(run: Path, lease: Path) -> None:
         time.sleep(min(1.0, LEASE_SECONDS / 10))
         now = _read(lease)
         if now is None:
-            return
+            return None
         if now != seen:
             raise _held(run, _holder(now))
+    return seen
 
 
-def _set_aside(lease: Path) -> None:
-    """Takes a dead process's lease away; of several that do so one succeeds."""
+def _set_aside(lease: Path, dead: str | None) -> None:
+    """Takes a dead process's lease away, unless a faster one has its own there; of several that do so one succeeds."""
     aside = lease.with_name(f".lease.{uuid.uuid4().hex}")
+    if dead is None or _read(lease) != dead:
+        return
     with suppress(FileNotFoundError):
         lease.rename(aside)
         aside.unlink()
@@ -175,13 +179,14 @@ def _keep(run: Path, lease: Path, me: Holder, ended: threading.Event) -> None:
         beat += 1
         try:
             now = _read(lease)
-            if now is not None and _holder(now) != me:
-                log.critical("%s was taken over by another process (%s): this one ends.", run, _holder(now))
-                os._exit(LostError.status)
+            holder = _holder(now)
+            if holder is not None and holder != me:
+                end_process(f"{run} was taken over by another process ({holder}): this one ends.", LostError.status)
             if now is None:
                 _taken(lease, me)
             with lease.open("r+") as file:  # in place, and of the same length: a full disk has room for it
                 file.write(_content(me, beat))
+                file.truncate()
             failing = False
         except OSError as error:
             if not failing:

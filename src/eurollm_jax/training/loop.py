@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from eurollm_jax.data.batch_sizes import BatchSizes
 from eurollm_jax.errors import StoppedError, UserError
 from eurollm_jax.evaluation.perplexity import Measure, build_measure, evaluation, measure_heldout
 from eurollm_jax.evaluation.samples import sample
-from eurollm_jax.experiment import Experiment, claim_run, environment, identity
+from eurollm_jax.experiment import Experiment, claim_run, environment, identity, refresh_record, source_hash
 from eurollm_jax.model.attention import attention_choice
 from eurollm_jax.model.param import Params, count, flatten
 from eurollm_jax.model.remat import require_memory
@@ -107,7 +107,8 @@ def train(
     began = time.perf_counter() if began is None else began
     if trace is not None:
         trace.require_within(0, experiment.steps)
-    with RollCall() as roll:
+    with RollCall() as roll, Watchdog(experiment.watch, roll) as watchdog:
+        watchdog.phase("opening inputs")
         inputs = open_inputs(experiment)
         layout = Layout(experiment.mesh.build())
         attention_choice(experiment.model, layout)  # refuses what these devices cannot compute
@@ -122,21 +123,25 @@ def train(
             "heldout": inputs.heldout.store.fingerprint,
             **hash_of_start(experiment),
         }
+        watchdog.phase("claiming the run directory")
         folder = _claimed(experiment, docstring, hashes, accept_changes=accept_changes)
         with (
             locked(folder),
             logged(folder),
-            Watchdog(experiment.watch, folder, roll) as watchdog,
             Stopping(layout, time_limit=time_limit, began=began, save_minutes=experiment.saving.minutes) as stopping,
         ):
+            watchdog.keep(folder)
             replicas = ReplicaCheck(program.state)
             run = Run(
                 experiment, inputs, layout, program, measure, folder, hashes, replicas, stopping, watchdog, trace, began
             )
+            roll.on_end = lambda line: note(folder, "end", how=line)  # where an error or a loss ends several processes
             try:
                 _go_on(run)
             except BaseException as error:
-                note(folder, "end", how=f"{type(error).__name__}: {error}")
+                if jax.process_count() == 1 or isinstance(error, StoppedError):
+                    with suppress(OSError):  # which would take the place of the error
+                        note(folder, "end", how=f"{type(error).__name__}: {error}")
                 raise
     return folder
 
@@ -160,7 +165,7 @@ def _program(experiment: Experiment, inputs: Inputs, layout: Layout) -> Program:
 def _claimed(experiment: Experiment, docstring: str, hashes: Mapping[str, str], *, accept_changes: bool) -> Path:
     """The run directory, made or recognised; UserError where it is another experiment's, or processes differ."""
     require_same("the experiment", identity(experiment, hashes))
-    require_same("the software", environment())
+    require_same("the software", {"versions": environment()["versions"], "source": source_hash()})
     if is_first():
         require_branch(experiment, hashes)
         weights = specs(experiment.model)
@@ -196,6 +201,8 @@ def _go_on(run: Run) -> None:
         if begun.step == experiment.steps:
             log.info("%s is complete: all %d steps are trained", run.folder, experiment.steps)
             break
+        if is_first():
+            refresh_record(experiment)
         note(run.folder, "start", step=begun.step, **facts)
         try:
             state = _trained(run, state, begun, facts, peak)
@@ -209,8 +216,11 @@ def _go_on(run: Run) -> None:
             if jax.process_count() == 1:
                 checkpoints.wait()  # of several processes the others may never get there
             raise
-        rollbacks = rollbacks.then(experiment.rollback, diverged, checkpoints.permanent_steps(), experiment.batch_sizes)
+        run.watchdog.phase("going back")
+        back = checkpoints.newest_permanent(diverged.first_step)
+        rollbacks = rollbacks.then(experiment.rollback, diverged, back, experiment.batch_sizes)
         roll_back(run.folder, rollbacks)
+        rollbacks = recorded_rollbacks(run.folder)  # as the first process chose
     checkpoints.close()
     with run.stopping.at_once():
         _conclude(run, state.params)
@@ -223,6 +233,11 @@ def _begun(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, An
     experiment = run.experiment
     if checkpoints.latest is not None:
         return checkpoints.restore(run.program.state)
+    if checkpoints.set_aside:
+        raise UserError(
+            f"{checkpoints.folder} has no sound checkpoint left ({', '.join(checkpoints.set_aside)}): restore one "
+            "from a backup, or move the run directory away to begin anew."
+        )
     if experiment.branch_from is not None:
         return branched_state(experiment, run.program)
     before = {"row": 0, "seconds": 0.0, "tokens": [0] * len(run.inputs.data.source_names)}
@@ -294,9 +309,8 @@ def _loop(
 
         wish = run.stopping.answer()
         evaluating = last or step % experiment.evaluate_every == 0
-        permanent = experiment.has_permanent_checkpoint(step)
-        saving = permanent or wish is not Wish.NONE
-        comparing = experiment.watch.compares_replicas(step, permanent=permanent)
+        saving = experiment.has_permanent_checkpoint(step) or wish is not Wish.NONE
+        comparing = experiment.watch.compares_replicas(step, saving=saving)
         ended = time.perf_counter()
         if not (evaluating or saving or comparing):
             continue
@@ -340,7 +354,9 @@ def _saved(
     """Begins a checkpoint of a state that may be built on."""
     run.watchdog.phase(f"saving after step {step}")
     recorder.require_sound(step)
-    recorder.secure()
+    if any_process(not recorder.secure()):
+        begun.checkpoints.refuse(f"the records before it cannot be written to {run.folder}")
+        return
     start = time.perf_counter()
     progress = {
         "row": row,

@@ -1,7 +1,10 @@
 """What a run tells about itself: lines in metrics.jsonl, curves for TensorBoard, the share of the machine's peak."""
 
+import errno
 import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from eurollm_jax.parallel.distributed import is_first
+
+log = logging.getLogger(__name__)
 
 MFU = "mfu = useful tokens/s * flops_per_token / peak_flops"
 """Model-FLOP utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
@@ -111,13 +116,15 @@ class Clock:
 class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard files, after dropping what lies beyond where a run resumes.
 
-    Where several processes train, the first one writes and the others do nothing.
+    Where several processes train, the first one writes and the others do nothing. Lines that the system refuses, as on
+    a full disk, are kept and written later; curves are lost.
     """
 
     def __init__(self, run: Path, *, resume_at: int, facts: Mapping[str, Any], recorded: int | None = None) -> None:
         """`recorded` is the last step that is in a record of kind "train"; later ones are told of again."""
         self._run, self._path, self._resume_at = run, run / "metrics.jsonl", resume_at
         self._writes = is_first()
+        self._unwritten: list[bytes] = []
         kind = "start"
         if self._writes and self._path.exists():
             self._drop_after(resume_at, resume_at if recorded is None else recorded)
@@ -128,7 +135,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if "_board" in self.__dict__:
+        self._write_out()
+        if "_board" in self.__dict__ and self._board is not None and _lives(self._board):
             self._board.close()
 
     @cached_property
@@ -136,23 +144,47 @@ class MetricsWriter:
         """Opened at the first curve: the package imports torch wherever that is installed, which takes two seconds."""
         from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self._run / "tensorboard"), purge_step=self._resume_at)
+        return SummaryWriter(str(self._run / "tensorboard"), purge_step=self._resume_at + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         if self._writes:
-            with self._path.open("a") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._unwritten.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._write_out()
 
     def curves(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writes:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        if not self._writes or self._board is None:
+            return
+        if not _lives(self._board):  # or it would wait for its thread, which an error has ended
+            log.warning("TENSORBOARD'S CURVES END HERE: their file could not be written; metrics.jsonl has all figures")
+            self._board = None
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
-    def secure(self) -> None:
-        """Puts on disk what is written, so that no checkpoint outlives the records before it."""
-        if self._writes:
+    def secure(self) -> bool:
+        """Puts on disk what is recorded, so that no checkpoint outlives the records before it; False: it could not."""
+        if self._writes and self._write_out():
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
+        return not self._unwritten
+
+    def _write_out(self) -> bool:
+        """Whole lines or nothing."""
+        if not self._unwritten:
+            return True
+        lines = b"".join(self._unwritten)
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                if file.write(lines) != len(lines):
+                    os.ftruncate(file.fileno(), before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                log.error("%s CANNOT BE WRITTEN (%s): lines are kept until it can", self._path, error.strerror)
+            return False
+        self._unwritten = []
+        return True
 
     def _drop_after(self, step: int, recorded: int) -> None:
         kept = []
@@ -169,3 +201,9 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
+
+
+def _lives(board: Any) -> bool:
+    """Whether the thread that writes curves does: an error ends it, and then its queue takes all and gives nothing."""
+    worker: threading.Thread = board.file_writer.event_writer._worker
+    return worker.is_alive()

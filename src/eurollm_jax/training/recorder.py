@@ -51,6 +51,7 @@ class Recorder:
         self._flops_per_token = flops_per_token(experiment.model, experiment.data.sequence_length)
         self._peak = peak.flops
         self._skip, self._last, self._every = experiment.skip, experiment.steps, experiment.log_every
+        self._permanent = experiment.has_permanent_checkpoint  # whose records say what an export has read
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps for the records that follow it; waits for the last step."""
@@ -68,7 +69,7 @@ class Recorder:
 
     def due(self, step: int) -> bool:
         """Whether there is to be a record that ends with `step`, and it is not written yet."""
-        return bool(self._interval) and (step % self._every == 0 or step == self._last)
+        return bool(self._interval) and (step % self._every == 0 or self._permanent(step))
 
     def require_sound(self, step: int) -> None:
         """Waits for `step`, the last one. Raises UserError where what came after the last record is unsound."""
@@ -166,9 +167,9 @@ class Recorder:
         seconds, waited = self.clock.so_far()
         self._writer.write({"kind": "hosts", "step": step, **slow_hosts(waited, seconds)})
 
-    def secure(self) -> None:
-        """Puts all records on disk, before a checkpoint that comes after them."""
-        self._writer.secure()
+    def secure(self) -> bool:
+        """Puts all records on disk, before a checkpoint that comes after them; whether that was done."""
+        return self._writer.secure()
 
     def heldout(self, step: int, names: Sequence[str], sums: SourceSums, seconds: float) -> float:
         """Records a held-out measurement after `step`, which took `seconds`; returns the mean of its bits per byte."""

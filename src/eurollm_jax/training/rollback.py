@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,13 @@ class Rollbacks:
             jumps = jumps.back(entry.row, entry.left_out_until)
         return jumps
 
-    def then(self, rule: RollBack, error: DivergedError, steps: Sequence[int], sizes: BatchSizes) -> "Rollbacks":
-        """With where to go back to after `error`; `steps` are those of the sound permanent checkpoints.
+    def then(self, rule: RollBack, error: DivergedError, step: int | None, sizes: BatchSizes) -> "Rollbacks":
+        """With going back after `error` to `step`, that of the newest sound permanent checkpoint before it, if any.
 
         Raises UserError where there is none to go back to, or where the rule allows no more.
         """
-        before = [step for step in steps if step < error.first_step]
-        if not before:
+        if step is None:
             raise UserError(f"{error} No permanent checkpoint is older than step {error.first_step}.") from error
-        step = max(before)
         again = sum(entry.step >= step for entry in self.taken)
         if again >= rule.at_most:
             raise UserError(

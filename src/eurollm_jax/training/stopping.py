@@ -151,6 +151,8 @@ class Stopping:
             if self._at_once:
                 raise self._stopped()
             log.warning("%s: the run is saved and ends after this step", self._signal.name)
+        elif number == signal.SIGTERM != self._signal:  # the end of a job that was asked by SIGUSR1 before
+            self._signal, self._signalled_at = signal.SIGTERM, now
         elif number == signal.SIGTERM and now - self._signalled_at > AGAIN_SECONDS:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)

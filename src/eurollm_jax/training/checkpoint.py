@@ -191,7 +191,6 @@ class Checkpoints:
             restored = self._arrays.restore(path / STATE, args=args)
             progress = json.loads((path / PROGRESS).read_text())
         except Exception as error:  # those of Orbax are of many kinds, with megabytes of text
-            hide_aftermath()
             own = error
         said = ""
         if own is not None and (unread := system_error(own)):
@@ -333,6 +332,7 @@ def write_checkpoint(
 
 def _handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     """Of the arrays in a checkpoint."""
+    hide_aftermath()
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **options)
 
 

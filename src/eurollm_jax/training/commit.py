@@ -80,7 +80,6 @@ class Save:
         try:
             commits = _copied(arrays, self._unfinished / STATE, content.parts)
         except Exception as raised:  # the others learn of it in the first stage
-            hide_aftermath()
             error = raised
         self._thread = Thread(target=self._run, args=(commits, error), name=f"saving step {self.step}")
         _running[folder] = self._thread
@@ -158,7 +157,6 @@ class Save:
             try:
                 stage()
             except Exception as error:
-                hide_aftermath()
                 refused = system_error(error)
                 answer, own = {"said": _said(refused or error), "refused": refused is not None}, error
         answers = [answer] if first_alone else [json.loads(text) for text in collected(_TOPIC, json.dumps(answer))]
@@ -233,7 +231,7 @@ def _about(folder: Path, step: int) -> Saved:
 @cache
 def hide_aftermath() -> None:
     """Where a write or a read fails, Orbax ends the event loop that all others report to, which Python would tell of
-    hundreds of times from then on."""
+    hundreds of times, from before the error is raised here."""
     before = sys.unraisablehook
 
     def without_aftermath(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -189,6 +189,7 @@ def _go_on(run: Run) -> None:
             saving=experiment.saving,
             permanent=experiment.has_permanent_checkpoint,
             decay_begins=experiment.decay_begins,
+            alive=run.watchdog.alive,
         )
         state, progress = _begun(run, checkpoints)
         rollbacks = going_on(rollbacks, progress, run.folder)

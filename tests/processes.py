@@ -24,7 +24,7 @@ TIMES = {"seconds", "tokens_per_second", "mfu", "data_wait", "evaluation_seconds
 LIMIT = 120.0  # seconds that any wait may take: a hang is a failure
 
 # After an experiment: the samples at a run's end compile for seconds, and few tests are about them.
-WITHOUT_SAMPLES = "import eurollm_jax.training.loop\neurollm_jax.training.loop.sample = lambda *of: []\n"
+WITHOUT_SAMPLES = "import eurollm_jax.training.run\neurollm_jax.training.run.sample = lambda *of: []\n"
 
 type Phases = list[tuple[float, str]]  # (when, of time.time(); name), the newest last
 
@@ -241,7 +241,7 @@ def _serve() -> None:
     """Answers requests, a line of JSON each, until standard input ends; then kills what it started."""
     import eurollm_jax.cli
     import eurollm_jax.parallel.programs
-    import eurollm_jax.training.loop
+    import eurollm_jax.training.run
     import eurollm_jax.training.trace  # noqa: F401
 
     for module in ("grain", "tensorboardX", "tyro", "jax.experimental.multihost_utils"):

@@ -28,7 +28,7 @@ TYPES = ("float32", "bfloat16")
 def one_process(dtype: str, seed: int, steps: int, data: Path, folder: Path) -> None:
     """Trains, or goes on where it was stopped."""
     from eurollm_jax.experiment import load_experiment
-    from eurollm_jax.training.loop import train
+    from eurollm_jax.training.run import train
 
     quickstart, question = load_experiment(ROOT / "experiments" / "quickstart.py")
     experiment = dataclasses.replace(

@@ -29,7 +29,7 @@ from eurollm_jax.model.config import (
     Ungated,
     YarnScaling,
 )
-from eurollm_jax.training.loop import train
+from eurollm_jax.training.run import train
 from eurollm_jax.training.optimizer import AdamW
 from eurollm_jax.training.schedule import WSD
 

@@ -10,7 +10,7 @@ import pytest
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import UserError
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.loop import train
+from eurollm_jax.training.run import train
 from eurollm_jax.training.schedule import WSD, Constant
 
 BEHIND, ROW = 4, 32  # the step and the row of the checkpoint that a changed run goes on from

@@ -12,7 +12,7 @@ import pytest
 from eurollm_jax.errors import UserError
 from eurollm_jax.training import loop
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.loop import train
+from eurollm_jax.training.run import train
 from eurollm_jax.training.optimizer import AdEMAMix
 from eurollm_jax.training.schedule import WSD, Constant
 

@@ -19,7 +19,7 @@ from eurollm_jax.corpus import folders
 from eurollm_jax.errors import LostError, UserError
 from eurollm_jax.training import checkpoint, commit, manifest
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.loop import train
+from eurollm_jax.training.run import train
 from eurollm_jax.training.saving import Saving
 
 SCRIPT = """

@@ -139,12 +139,12 @@ from pathlib import Path
 import numpy as np
 
 from eurollm_jax.data.loader import Data
-from eurollm_jax.training import loop
+from eurollm_jax.training import run as run_module
 from eurollm_jax.training.checkpoint import Checkpoints
 
 bad = range(*map(int, os.environ.get("BAD", "0 0").split()))
 moved, where = int(os.environ.get("MOVED", "1000000")), os.environ.get("DIE")
-whole, rename, save, roll_back = Data.batch, Path.rename, Checkpoints.save, loop.roll_back
+whole, rename, save, roll_back = Data.batch, Path.rename, Checkpoints.save, run_module.roll_back
 
 
 def batch(self, first_row, size, host=0, hosts=1):
@@ -172,7 +172,7 @@ def dying_save(self, step, *arguments, **named):
 
 
 Data.batch, Path.rename, Checkpoints.save = batch, dying_rename, dying_save
-loop.roll_back = (lambda *_: die()) if where == "deciding" else roll_back
+run_module.roll_back = (lambda *_: die()) if where == "deciding" else roll_back
 """
 BAD = {"BAD": "72 96"}  # the rows of steps 10 to 12
 

@@ -18,8 +18,9 @@ from eurollm_jax.hf.tokenizer import write_hf_tokenizer
 from eurollm_jax.model.config import Attention, Rope
 from eurollm_jax.model.param import flatten
 from eurollm_jax.training import loop
+from eurollm_jax.training import run as run_module
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.loop import train
+from eurollm_jax.training.run import train
 from eurollm_jax.training.saving import Saving
 from eurollm_jax.training.schedule import WSD
 from eurollm_jax.training.start import first_state
@@ -103,9 +104,9 @@ def test_it_begins_with_exactly_those_weights_and_a_new_optimizer(going_on, star
         begun.append(first_state(*arguments))
         return begun[-1]
 
-    monkeypatch.setattr(loop, "first_state", noting)
+    monkeypatch.setattr(run_module, "first_state", noting)
     monkeypatch.setattr(loop, "_loop", lambda run, state, *_: state)
-    monkeypatch.setattr(loop, "_conclude", lambda *_: None)
+    monkeypatch.setattr(run_module, "_conclude", lambda *_: None)
     train(dataclasses.replace(going_on, ema=0.9), "")
     (state,) = begun
     held = weights(start)

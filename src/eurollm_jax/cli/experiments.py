@@ -3,20 +3,15 @@
 import argparse
 import json
 import logging
-import os
-import re
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from eurollm_jax.cli.arguments import Subcommands, command, experiment_of, with_experiment
-from eurollm_jax.errors import StoppedError, UserError
+from eurollm_jax.cli.starting import signals_end_at_once, with_time_limit
+from eurollm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from eurollm_jax.model.config import TransformerConfig
@@ -43,12 +38,7 @@ def _with_run_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         metavar="FIRST:LAST",
         help="profile these steps, such as 20:23; the run's folder trace/ is for TensorBoard and Perfetto",
     )
-    parser.add_argument(
-        "--time-limit",
-        type=_seconds,
-        metavar="HH:MM:SS",
-        help="save and end with status 75 before so much time has passed; the same command goes on",
-    )
+    with_time_limit(parser)
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -64,36 +54,8 @@ def _with_run_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2}):(\d{2})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: write it as 23:50:00 or 1-12:00:00")
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def _end_at_once(number: int, frame: object) -> NoReturn:
-    """While nothing is trained yet there is nothing to save, and nobody to wait for."""
-    said = f"eurollm: stopped by {signal.Signals(number).name} while nothing was trained; the same command begins again"
-    os.write(2, f"{said}\n".encode())
-    os._exit(StoppedError.status)
-
-
-@contextmanager
-def _signals_end_at_once() -> Iterator[None]:
-    """Until the loop takes them, and after it."""
-    main = threading.current_thread() is threading.main_thread()  # no other may
-    numbers = (signal.SIGTERM, signal.SIGUSR1) if main else ()
-    before = {number: signal.signal(number, _end_at_once) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _train(arguments: argparse.Namespace) -> None:
-    with _signals_end_at_once():
+    with signals_end_at_once():
         _train_or_go_on(arguments)
 
 
@@ -109,7 +71,7 @@ def _train_or_go_on(arguments: argparse.Namespace) -> None:
 
     from eurollm_jax.parallel.distributed import Coordination, connect
     from eurollm_jax.parallel.programs import keep_programs
-    from eurollm_jax.training.loop import train
+    from eurollm_jax.training.run import train
     from eurollm_jax.training.trace import Trace
 
     by_hand = (after.coordinator, after.processes, after.process)

@@ -71,45 +71,37 @@ def abstract_params(config: TransformerConfig, layout: Layout) -> Params:
     return jax.tree.map(lambda spec, at: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=at), weights, shardings)
 
 
-def build_program(
+@dataclass(frozen=True)
+class StepFunctions:
+    """What a run computes, before it is compiled: pure functions of arrays."""
+
+    init: Callable[[PRNGKeyArray], TrainState]
+    start: Callable[[Params], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def step_functions(
     config: TransformerConfig,
     layout: Layout,
     optimizer: optax.GradientTransformation,
     *,
-    batch_sizes: Sequence[int],
     token_bytes: Int[np.ndarray, "V"],
     sources: int,
     z_loss: float,
     ema: float | None = None,
-    length: int | None = None,
     accumulate: int = 1,
     skip: SkipStep | None = None,
-) -> Program:
-    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows of `length` tokens,
-    which are checked against the mesh; `ema` is the share that the average of the parameters keeps of itself at each
-    step; a batch is read in `accumulate` micro-batches."""
-    layout.require_batches(batch_sizes, length)
-    _require_micro_batches(batch_sizes, layout.ways("batch"), accumulate)
+) -> StepFunctions:
+    """The arguments are those of `build_program`."""
     weights = specs(config)
     moe = config.mlp if isinstance(config.mlp, MoE) else None
 
     def init_state(key: PRNGKeyArray) -> TrainState:
-        params = init(weights, key)
-        return start(params)
+        return start(init(weights, key))
 
     def start(params: Params) -> TrainState:
         average = None if ema is None else jax.tree.map(jnp.copy, params)  # the step takes over the memory of both
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_skips(), average)
-
-    abstract = jax.eval_shape(init_state, jax.random.key(0))
-    of_params = layout.parameters(weights)
-    sharding = TrainState(
-        step=layout.replicated,
-        params=of_params,
-        optimizer=_like_params(abstract.optimizer, of_params, layout),
-        skips=jax.tree.map(lambda _: layout.replicated, abstract.skips),
-        ema=None if ema is None else of_params,
-    )
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         gradients, nats, routing = mean_gradient(
@@ -136,11 +128,54 @@ def build_program(
         metrics = StepMetrics(loss, norm, sources_sums, routing, skips.in_a_row)
         return TrainState(state.step + 1, params, optimizer_state, skips, average), metrics
 
+    return StepFunctions(init_state, start, train)
+
+
+def build_program(
+    config: TransformerConfig,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_sizes: Sequence[int],
+    token_bytes: Int[np.ndarray, "V"],
+    sources: int,
+    z_loss: float,
+    ema: float | None = None,
+    length: int | None = None,
+    accumulate: int = 1,
+    skip: SkipStep | None = None,
+) -> Program:
+    """Compiles nothing yet. `batch_sizes` are all that the run will have, over all devices, in rows of `length` tokens,
+    which are checked against the mesh; `ema` is the share that the average of the parameters keeps of itself at each
+    step; a batch is read in `accumulate` micro-batches."""
+    layout.require_batches(batch_sizes, length)
+    _require_micro_batches(batch_sizes, layout.ways("batch"), accumulate)
+    weights = specs(config)
+    functions = step_functions(
+        config,
+        layout,
+        optimizer,
+        token_bytes=token_bytes,
+        sources=sources,
+        z_loss=z_loss,
+        ema=ema,
+        accumulate=accumulate,
+        skip=skip,
+    )
+    abstract = jax.eval_shape(functions.init, jax.random.key(0))
+    of_params = layout.parameters(weights)
+    sharding = TrainState(
+        step=layout.replicated,
+        params=of_params,
+        optimizer=_like_params(abstract.optimizer, of_params, layout),
+        skips=jax.tree.map(lambda _: layout.replicated, abstract.skips),
+        ema=None if ema is None else of_params,
+    )
     return Program(
-        init=jax.jit(init_state, out_shardings=sharding),
-        start=jax.jit(start, out_shardings=sharding, donate_argnums=0),
+        init=jax.jit(functions.init, out_shardings=sharding),
+        start=jax.jit(functions.start, out_shardings=sharding, donate_argnums=0),
         train=jax.jit(
-            train,
+            functions.train,
             in_shardings=(sharding, layout.rows),
             out_shardings=(sharding, layout.replicated),
             donate_argnums=0,

@@ -113,6 +113,7 @@ def main() -> None:
     keep_freed_memory()
     layout = Layout(MeshConfig().build(jax.devices()[:1]))
     program, batch, parameters = program_of(case, layout)
+    print(f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
     train = program.compile_train(ROWS, LENGTH)
     state = program.init(jax.random.key(0))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -139,6 +140,7 @@ def main() -> None:
             without.append(taken[False])
             with_save.append(taken[True])
             lost.append(taken[True] - taken[False])
+            print(f"pair {pair + 1}: {taken[True]:.2f} s with a save, {taken[False]:.2f} s without", flush=True)
         os.sync()
         number += 1
         awaited = seconds(lambda: (checkpoints.save(number, state, {}), checkpoints.wait()))
@@ -160,7 +162,6 @@ def main() -> None:
                 timed.setdefault(f"{name} from {where}", []).append(seconds(work))
     medians = {name: statistics.median(found) for name, found in timed.items()}
     share = statistics.median(lost) / statistics.median(without)
-    print(f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores; {folder}")
     print(f"{parameters:,} parameters, a state of {size / 1e6:.0f} MB; stretches of {case['steps']} steps")
     for name, found in (("without a save", without), ("with one save", with_save)):
         print(f"{name:16s} {' '.join(f'{value:7.2f}' for value in found)} s")

@@ -29,8 +29,8 @@ from eurollm_jax.model.config import (
     Ungated,
     YarnScaling,
 )
-from eurollm_jax.training.run import train
 from eurollm_jax.training.optimizer import AdamW
+from eurollm_jax.training.run import train
 from eurollm_jax.training.schedule import WSD
 
 STEPS, ROWS, LENGTH = 8, 8, 32

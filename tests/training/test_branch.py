@@ -12,8 +12,8 @@ import pytest
 from eurollm_jax.errors import UserError
 from eurollm_jax.training import loop
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.run import train
 from eurollm_jax.training.optimizer import AdEMAMix
+from eurollm_jax.training.run import train
 from eurollm_jax.training.schedule import WSD, Constant
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # all of a checkpoint, read as it is

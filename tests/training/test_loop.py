@@ -23,8 +23,8 @@ from eurollm_jax.model.param import flatten
 from eurollm_jax.model.transformer import flops_per_token
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.checkpoint import Checkpoints
-from eurollm_jax.training.run import train
 from eurollm_jax.training.recorder import Recorder
+from eurollm_jax.training.run import train
 from eurollm_jax.training.schedule import WSD
 from eurollm_jax.training.step import Program, abstract_params
 from eurollm_jax.training.trace import Trace

@@ -14,8 +14,8 @@ from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.model.param import flatten, init
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
-from eurollm_jax.training.run import train
 from eurollm_jax.training.optimizer import AdamW
+from eurollm_jax.training.run import train
 from eurollm_jax.training.schedule import WSD
 from eurollm_jax.training.skipping import SkipStep, no_skips
 from eurollm_jax.training.step import build_program

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import batched, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,20 +55,27 @@ class HeldOut:
             found.setdefault(source.language, []).append(source)
         return found
 
-    def batches(self, rows_per_source: int | None = None) -> Iterator[Batch]:
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources, those of a language together."""
+        return tuple(source for found in self.languages.values() for source in found)
+
+    def batches(
+        self, rows_per_source: int | None = None, *, by: Literal["language", "source"] = "language"
+    ) -> Iterator[Batch]:
         """The first rows of every source (default: all), source after source, the last batch filled up with padding.
 
-        `source` of these batches is the number of the language.
+        `source` of these batches is the number of the language among `languages`, or of the source among `sources`.
         """
-        owners = [(number, source) for number, found in enumerate(self.languages.values()) for source in found]
-        language = np.array([number for number, _ in owners], np.int32)
-        packings = [ConcatPacking(source, self.length) for _, source in owners]
+        owners = [number for number, found in enumerate(self.languages.values()) for _ in found]
+        numbers = np.array(owners if by == "language" else range(len(self.sources)), np.int32)
+        packings = [ConcatPacking(source, self.length) for source in self.sources]
         counts = [p.rows if rows_per_source is None else min(p.rows, rows_per_source) for p in packings]
         places = ((index, row) for index, count in enumerate(counts) for row in range(count))
         for some in batched(places, self.batch_size):
             missing = (0, self.batch_size - len(some))
             batch = pack(packings, *np.array(some).T)
-            batch = batch._replace(source=language[batch.source])
+            batch = batch._replace(source=numbers[batch.source])
             yield Batch._make(np.pad(field, [missing, (0, 0)][: field.ndim]) for field in batch)
 
 

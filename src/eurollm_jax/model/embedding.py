@@ -41,7 +41,7 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any, l
             return found
         return jax.lax.all_to_all(found, embed_axes, split_axis=0, concat_axis=2, tiled=True)
 
-    if layout.mesh.size == 1:
+    if not layout.splitting(layout.mesh.axis_names):
         return local(table, tokens)
     return jax.shard_map(local, mesh=layout.mesh, in_specs=(held, rows), out_specs=residual, check_vma=False)(
         table, tokens

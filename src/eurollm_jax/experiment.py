@@ -277,25 +277,35 @@ def decode(value: Any) -> Any:
 
 def load_experiment(path: Path) -> tuple[Experiment, str]:
     """The `EXPERIMENT` of a Python file, and the file's docstring, which states its question."""
+    return load_constant(path, "EXPERIMENT", Experiment, "experiment", "experiments/quickstart.py")
+
+
+def load_constant[T](path: Path, name: str, kind: type[T], noun: str, example: str) -> tuple[T, str]:
+    """The value of this type that a Python file calls `name`, and the file's docstring.
+
+    `noun` says in messages what the file is of, `example` which file is one. Raises UserError for a file that is not
+    there, fails, or defines nothing of the kind.
+    """
+    article = "an" if noun[0] in "aeiou" else "a"
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the file of an experiment, such as experiments/quickstart.py.")
+        raise UserError(f"{path} is a folder: give the file of {article} {noun}, such as {example}.")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the path of an experiment, such as experiments/quickstart.py.")
+        raise UserError(f"{path} does not exist: give the path of {article} {noun}, such as {example}.")
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)  # so that experiments import each other as `experiments.name`
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file: give the path of an experiment.")
+        raise UserError(f"{path} is not a Python file: give the path of {article} {noun}.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(_located(error, path)) from error
-    experiment = getattr(module, "EXPERIMENT", None)
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} defines no `EXPERIMENT = Experiment(...)`: add one (see experiments/quickstart.py).")
-    return experiment, (module.__doc__ or "").strip()
+    value = getattr(module, name, None)
+    if not isinstance(value, kind):
+        raise UserError(f"{path} defines no `{name} = {kind.__name__}(...)`: add one (see {example}).")
+    return value, (module.__doc__ or "").strip()
 
 
 def _located(error: Exception, path: Path) -> str:

@@ -200,8 +200,8 @@ def test_version(call):
 def test_a_signal_while_nothing_is_trained_ends_with_the_status_of_a_run_that_is_to_go_on(number):
     waiting = (
         "import time\n"
-        "from eurollm_jax.cli.experiments import _signals_end_at_once\n"
-        "with _signals_end_at_once():\n"
+        "from eurollm_jax.cli.starting import signals_end_at_once\n"
+        "with signals_end_at_once():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
     )

@@ -1,7 +1,11 @@
-"""What all sections of the report share: their frame, the names of languages, and what to say about a missing file."""
+"""What reports share: the page around their sections, the names of languages, and what to say about a missing file."""
 
+import os
+import tempfile
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 from eurollm_jax.evaluation.report.records import LanguageResult, Run
 from eurollm_jax.evaluation.report.text import escape
@@ -50,3 +54,23 @@ def by_status(languages: Mapping[str, LanguageResult]) -> list[tuple[str, list[t
     order = dict.fromkeys([*known, *sorted(result.status for result in languages.values())])
     groups = [(status, [item for item in languages.items() if item[1].status == status]) for status in order]
     return [(status, sorted(group, key=lambda item: item[1].name)) for status, group in groups if group]
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """The whole page: `body` (HTML) in the frame of page.html, with further rules of CSS."""
+    template = resources.files("eurollm_jax.evaluation.report").joinpath("page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(title=escape(title), body=body, style=style)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write beside `path` and rename, so that a reader sees the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,19 +1,15 @@
 """Puts the sections of the report together in one page, and prints the closing table of the quick start."""
 
-import os
-import tempfile
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from rich import box, markup
 from rich.table import Table
 
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.report import curves, summary, tables
-from eurollm_jax.evaluation.report.frame import by_status, command
+from eurollm_jax.evaluation.report.frame import by_status, command, page, write_whole
 from eurollm_jax.evaluation.report.records import read_run
-from eurollm_jax.evaluation.report.text import bits, escape, signed_percent
+from eurollm_jax.evaluation.report.text import bits, signed_percent
 
 
 def write_report(run: Path) -> Path:
@@ -38,11 +34,7 @@ def write_report(run: Path) -> Path:
             summary.footer(record),
         ]
     )
-    template = Template(
-        resources.files("eurollm_jax.evaluation.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
-    page = template.substitute(title=escape(f"{record.experiment.name}: report of a run"), body=body)
-    return _write_whole(run / "report.html", page)
+    return write_whole(run / "report.html", page(f"{record.experiment.name}: report of a run", body))
 
 
 def final_table(run: Path) -> Table:
@@ -78,17 +70,3 @@ def final_table(run: Path) -> Table:
             )
         table.add_section()
     return table
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path

@@ -266,8 +266,8 @@ def _metrics(path: Path) -> Metrics:
 def parse(value: Any, schema: Any, where: str, field: str = "") -> Any:
     """Check `value` (as `json.loads` gave it) against `schema` and build the dataclasses that it names.
 
-    `schema` is a dataclass, `dict[str, X]`, `list[X]`, `X | None`, `str`, `int`, `float` or `Any`; a whole number is a
-    float too.
+    `schema` is a dataclass, `dict[str, X]`, `list[X]`, `X | None`, `str`, `bool`, `int`, `float` or `Any`; a whole
+    number is a float too.
     """
     if schema is Any:
         return value
@@ -289,6 +289,9 @@ def parse(value: Any, schema: Any, where: str, field: str = "") -> Any:
     if get_origin(schema) is list:
         _expect(isinstance(value, list), value, "a list", where, field)
         return [parse(item, get_args(schema)[0], where, f"{field}[{i}]") for i, item in enumerate(value)]
+    if schema is bool:
+        _expect(isinstance(value, bool), value, "true or false", where, field)
+        return value
     if schema is float:
         _expect(isinstance(value, int | float) and not isinstance(value, bool), value, "a number", where, field)
         return float(value)

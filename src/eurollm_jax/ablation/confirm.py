@@ -1,0 +1,72 @@
+"""Confirmation: did the proposal beat the prior where it was trained again, larger and with several seeds?
+
+The pair of each seed begins with the same weights, so their difference is the mixture's, and what differs among the
+pairs is noise. Its interval is Student's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+Held = Literal["yes", "no", "undecided"]
+
+
+@dataclass(frozen=True, eq=False)
+class Arms:
+    """What was observed of each mixture: bits per byte by seed and language."""
+
+    languages: tuple[str, ...]
+    weights: Float[np.ndarray, "L"]
+    losses: Mapping[str, Float[np.ndarray, "S L"]]  # by mixture; the seeds of all are the same
+
+    def objective(self, arm: str) -> Float[np.ndarray, "S"]:
+        return self.losses[arm] @ self.weights
+
+
+def mean_interval(values: Sequence[float] | Float[np.ndarray, "S"], confidence: float) -> tuple[float, float, float]:
+    """(mean, low, high) by Student's t; of a single value the interval is the whole line."""
+    found = np.asarray(values, np.float64)
+    mean = float(found.mean())
+    if len(found) < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf((1 + confidence) / 2, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
+    return mean, mean - half, mean + half
+
+
+def verdict(arms: Arms, predicted: tuple[float, float, float], confidence: float) -> dict[str, Any]:
+    """The content of confirmation.json; `predicted` is the gain that the proxies foretold, with its interval."""
+    gains = {arm: arms.objective("prior") - arms.objective(arm) for arm in arms.losses if arm != "prior"}
+    gain, low, high = mean_interval(gains["proposal"], confidence)
+    held: Held = "yes" if low > 0 else "no" if high < 0 else "undecided"
+    seeds = len(gains["proposal"])
+    interval = f"{gain:+.4f} bits per byte, {confidence:.0%} interval {low:+.4f} to {high:+.4f}, {seeds} seeds"
+    told = f"the proxies foretold {predicted[0]:+.4f} ({predicted[1]:+.4f} to {predicted[2]:+.4f})"
+    said = {
+        "yes": f"The proposal won: it gains {interval}; {told}.",
+        "no": f"The proposal lost: its gain is {interval}; {told}.",
+        "undecided": f"The runs do not decide: the gain is {interval}; {told}. More seeds would narrow it.",
+    }
+    return {
+        "held": held,
+        "sentence": said[held],
+        "confidence": confidence,
+        "gain": {"mean": gain, "low": _finite(low), "high": _finite(high), "of_seeds": gains["proposal"].tolist()},
+        "predicted_gain": {"mean": predicted[0], "low": predicted[1], "high": predicted[2]},
+        "arms": {
+            arm: {
+                "objective": arms.objective(arm).tolist(),
+                "bits_per_byte": dict(zip(arms.languages, losses.T.tolist(), strict=True)),
+                **({} if arm == "prior" else {"gain": float(gains[arm].mean())}),
+            }
+            for arm, losses in arms.losses.items()
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

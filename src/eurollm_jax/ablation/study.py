@@ -1,0 +1,95 @@
+"""Study: what is asked about a mixture, and with what means. Inputs only; what follows is in the files beside.
+
+A study moves the shares of a few groups of sources and leaves the shares within each group as its prior has them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.data.recipe import Level
+from eurollm_jax.errors import UserError
+from eurollm_jax.experiment import Experiment
+
+Target = Literal["uniform", "official"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which mixtures are tried. All draws follow from `seed`."""
+
+    draws: int = 24  # from Dirichlet distributions around the prior
+    concentrations: tuple[float, float] = (1.0, 20.0)  # of these; low ones reach far from the prior
+    zeroed: float = 0.25  # share of the draws in which some groups are left out
+    candidates: int = 16  # drawn for each one kept: those that are kept fill the space of shares
+    prior_runs: int = 3  # of the prior, each with another seed: what differs among them is noise
+    leave_one_out: bool = False  # also the prior without each group
+    one_at_a_time: float | None = None  # also the prior with each group's share times this factor, such as 2
+    listed: tuple[Mapping[str, float], ...] = ()  # and shares by group, each summing to 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What every mixture tried, and the one proposed, must keep. Shares are of tokens, by group."""
+
+    max_epochs: float | None = None  # of any source, in a run of `tokens`
+    tokens: int | None = None  # of the run that the mixture is for; default: those of the confirmation, or of a proxy
+    floors: Mapping[str, float] = field(default_factory=dict)  # at least
+    ceilings: Mapping[str, float] = field(default_factory=dict)  # at most
+    fixed: Mapping[str, float] = field(default_factory=dict)  # exactly
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """How the law is fitted, and when a study declines to recommend."""
+
+    law: Literal["auto", "log-linear", "power"] = "auto"  # auto: log-linear where the runs suffice
+    kl: float = 0.01  # bits per byte that a nat of Kullback-Leibler divergence from the prior must win
+    bootstraps: int = 200  # of the runs
+    confidence: float = 0.9  # of every interval
+    min_rho: float = 0.8  # Spearman's, of what was predicted for runs that were left out
+    folds: int = 5  # of the runs, each left out once to be predicted
+    starts: int = 8  # of each fit
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Prior and proposal, trained again at another size."""
+
+    experiment: Experiment  # its mixture and seed are replaced
+    seeds: int = 3
+    baselines: tuple[str, ...] = ()  # trained beside them, such as "UniMax"
+    when_declined: bool = False  # also where the study does not recommend its proposal
+
+
+@dataclass(frozen=True)
+class Study:
+    """The proxies differ from `proxy` in mixture, seed and name alone."""
+
+    name: str
+    proxy: Experiment
+    groups: Level | Mapping[str, tuple[str, ...]]  # a level, or names of sources, languages and families by group
+    prior: Mixture | None = None  # default: the proxy's mixture
+    design: Design = Design()
+    targets: Target | Mapping[str, float] = "uniform"  # weights over held-out languages, by code
+    constraints: Constraints = field(default_factory=Constraints)
+    analysis: Analysis = Analysis()
+    confirmation: Confirmation | None = None
+    budget: float | None = None  # FLOP of all proxies and the confirmation; a study beyond it is refused
+    at_once: int = 8  # proxies that are trained in one program; 1: one after the other
+    studies: str = "studies"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+            raise UserError(f"study {self.name!r}: the name becomes a folder; use letters, digits, . _ and -.")
+        if self.at_once < 1:
+            raise UserError(f"study {self.name!r}: at_once={self.at_once} must be 1 or more.")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.studies) / self.name

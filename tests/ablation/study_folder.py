@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from eurollm_jax.ablation.outputs import write_outputs
+from eurollm_jax.ablation.report import write_report
 from eurollm_jax.ablation.table import Replica, write_results
 from eurollm_jax.corpus.folders import write_json
 from eurollm_jax.data.groups import SourceSize
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.training.ensemble_measurements import Measurement
+from tests.evaluation.test_report import Page
 
 GROUPS = {
     "Slavic": {"bg-web": 0.3, "cs-web": 0.25, "pl-web": 0.45},
@@ -27,6 +29,7 @@ PROPOSAL = (0.28, 0.22, 0.18, 0.14, 0.1, 0.08)
 FINGERPRINT = "5f0a" * 16
 QUESTION = "Which shares of families do ten languages learn best from?\n\nAsked of a <planted> law & nothing else."
 RUNS, DIVERGED, STEPS = 24, "draw-05", (32, 64, 96, 128)
+PART = 0.3  # bits per byte by which the part of the held-out text that is read along a run is harder than the whole
 WEIGHTS = {code: (0.2 if code in ("fi", "mt") else 0.075) for code in LANGUAGES}
 
 
@@ -62,6 +65,20 @@ def by_group(shares):
     return {group: float(share) for group, share in zip(GROUPS, shares, strict=True)}
 
 
+def fix(folder, group):
+    """As it would be if the share of `group` were fixed: nothing is known of moving it."""
+    study, findings = (json.loads((folder / name).read_text()) for name in ("study.json", "findings.json"))
+    prior = study["groups"][group]["prior"]
+    study["groups"][group] |= {"lower": prior, "upper": prior}
+    for arm in study["arms"]:
+        arm["shares"][group] = prior
+    for row in findings["transfer"].values():
+        row[group] = {"value": None, "low": None, "high": None}
+    findings["proposal"][group] = {"value": prior, "low": prior, "high": prior}
+    change(folder / "study.json", **study)
+    change(folder / "findings.json", **findings)
+
+
 def write_study(folder, *, recommended=True, held="yes", name="families", seed=0):
     """Write every file of the study and return what the JSON files hold, the planted law and the measured rows."""
     folder.mkdir(parents=True)
@@ -81,12 +98,30 @@ def write_study(folder, *, recommended=True, held="yes", name="families", seed=0
     write_json(folder / "study.json", study)
     write_json(folder / "findings.json", findings)
     write_json(folder / "confirmation.json", confirmation)
-    write_results(folder / "results.parquet", name, FINGERPRINT, runs, _language_of())
+    write_table(folder, name, runs)
     write_outputs(
         folder, _mixture(PROPOSAL), sizes(), 1000, study=name, fingerprint=FINGERPRINT,
         declined=() if recommended else findings["reasons"],
     )  # fmt: skip
     return {"study": study, "findings": findings, "confirmation": confirmation, "runs": runs, "final": final}
+
+
+def write_table(folder, name, runs):
+    write_results(folder / "results.parquet", name, FINGERPRINT, runs, _language_of())
+
+
+def report(folder):
+    """The report of the study, written and well-formed."""
+    made = write_report(folder)
+    assert made == folder / "report.html"
+    page = Page(made.read_text(encoding="utf-8"))
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    return page
+
+
+def signed(value, digits=4):
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def change(path, **fields):
@@ -116,16 +151,16 @@ def _language_of():
 def _measured(name, law, shares, rng):
     measured = []
     final = law.bits(shares) + rng.normal(0, 0.002, len(LANGUAGES))
-    for step in STEPS:
+    for step, complete in [*((step, False) for step in STEPS), (STEPS[-1], True)]:
         diverged = "the loss was not finite, from step 70" if name == DIVERGED and step > 64 else ""
         nats, size = {}, {}
         for source, code in _language_of().items():
-            last = step == STEPS[-1]
-            size[source] = 40_000 + 1000 * len(nats) if last else 4_000
+            size[source] = 40_000 + 1000 * len(nats) if complete else 4_000
             bits = final[LANGUAGES.index(code)] + 2 * math.exp(-step / 24) * (1 - step / STEPS[-1])
+            bits += 0 if complete else PART
             nats[source] = math.nan if diverged else bits * size[source] * math.log(2)
         tokens = {source: n // 3 for source, n in size.items()}
-        measured.append(Measurement(name, step, 8 * step, 4000 * step, step == STEPS[-1], diverged, nats, tokens, size))
+        measured.append(Measurement(name, step, 8 * step, 4000 * step, complete, diverged, nats, tokens, size))
     return measured
 
 
@@ -230,7 +265,7 @@ def _confirmation(law, held, rng):
             "objective": [objective(bits) for bits in found],
             "bits_per_byte": {c: [float(bits[i]) for bits in found] for i, c in enumerate(LANGUAGES)},
         }
-        for name, found in {"prior": seeds(PRIOR), "proposal": seeds(PROPOSAL)}.items()
+        for name, found in {"prior": seeds(PRIOR), "proposal": seeds(PROPOSAL), "UniMax": seeds((1 / 6,) * 6)}.items()
     }
     gains = [a - b for a, b in zip(arms["prior"]["objective"], arms["proposal"]["objective"], strict=True)]
     mean = sum(gains) / 3

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from eurollm_jax.ablation.compare import compare
 from eurollm_jax.errors import UserError
-from tests.ablation.study_folder import GROUPS, LANGUAGES, PRIOR, PROPOSAL, change, write_study
+from tests.ablation.study_folder import GROUPS, LANGUAGES, PRIOR, PROPOSAL, change, fix, write_study
 
 
 @pytest.fixture
@@ -90,6 +90,27 @@ def test_a_study_that_is_not_answered_has_dashes(pair):
     assert cells(verdicts)["predicted gain"][1] == "–"
     assert cells(shares)["Slavic"][1] == "35.0 → –"
     assert cells(languages)["Maltese"][1] == "–"
+
+
+def test_a_study_of_no_runs_or_of_another_identity_is_compared_all_the_same(pair):
+    study = json.loads((pair[1] / "study.json").read_text())
+    study["cost"]["proxies"]["runs"] = 0
+    study["identity"] = {"proxy": [1]}
+    (pair[1] / "study.json").write_text(json.dumps(study))
+    (verdicts, *_), differences = compare(pair)
+    assert cells(verdicts)["tokens each"] == ("512,000", "12.3 M".replace(" ", "\N{NO-BREAK SPACE}"))
+    assert differences == [
+        "first and second have proxies of another size or length: compare changes, not bits per byte."
+    ]
+
+
+def test_one_pair_has_no_interval_and_groups_that_do_not_move_are_compared(pair):
+    confirmation = json.loads((pair[1] / "confirmation.json").read_text())
+    change(pair[1] / "confirmation.json", gain={**confirmation["gain"], "low": None, "high": None, "of_seeds": [0.01]})
+    fix(pair[0], "Maltese")
+    (verdicts, shares, _), _ = compare(pair)
+    assert cells(verdicts)["confirmed gain"][1].endswith(" (one pair has no interval)")
+    assert cells(shares)["Maltese"][0] == "3.0 → 3.0 %"
 
 
 def test_equal_names_are_numbered_and_markup_is_text(pair):

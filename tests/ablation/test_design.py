@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -152,6 +153,9 @@ def test_no_arm_crosses_a_bound(space, concentration, seed):
     assert (shares >= space.lower).all()
     assert (shares <= space.upper).all()
     assert len({arm.name for arm in found}) == len(found)
+    exact = np.isclose(shares * 1e9, np.round(shares * 1e9), atol=1e-4, rtol=0)
+    exact |= (shares == space.lower) | (shares == space.upper)
+    assert ((~exact).sum(axis=1) <= 1).all()  # of each arm one takes what rounding leaves
     small = (shares > 0) & (shares < LEAST)
     # Only where nothing else may take up the share: all the others are at their bounds.
     for row, low in zip(shares, small, strict=True):
@@ -216,6 +220,25 @@ def test_names_of_groups_that_become_one_are_numbered():
     space = space_of([0.5, 0.3, 0.2], names=("fi/a", "fi a", "?"))
     found = arms(Design(draws=0, prior_runs=0, leave_one_out=True), space)
     assert [arm.name for arm in found] == ["without-fi-a-1", "without-fi-a-2", "without-group"]
+    space = space_of([0.4, 0.3, 0.2, 0.1], names=("a b", "a-b", "a-b-2", "a-b-1"))
+    found = arms(Design(draws=0, prior_runs=0, leave_one_out=True), space)
+    assert [arm.name for arm in found] == ["without-a-b-3", "without-a-b-4", "without-a-b-2", "without-a-b-1"]
+
+
+PARTS = st.sampled_from(["a", "b", "-", " ", "/", "-x2", "-1", "-2", "without-"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.lists(PARTS, min_size=1, max_size=4).map("".join), min_size=2, max_size=6, unique=True))
+def test_names_of_arms_are_unlike_whatever_groups_are_called(names):
+    """Also across kinds: "a-x2" left out and "without-a" twice are both without-a-x2."""
+    space = space_of(np.arange(1, len(names) + 1) / sum(range(1, len(names) + 1)), names=names)
+    design = Design(draws=2, candidates=1, prior_runs=2, leave_one_out=True, one_at_a_time=2, listed=({names[0]: 1.0},))
+    found = [arm.name for arm in arms(design, space)]
+    assert len(set(found)) == len(found)
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in found)
+    assert found[:2] == ["prior-0", "prior-1"]
+    assert found == [arm.name for arm in arms(design, space)]
 
 
 def test_listed_shares():

@@ -1,7 +1,16 @@
 """Planted laws: what an analysis finds of losses whose law, transfer and optimum are known.
 
 Simulated studies have 3 to 5 runs for each group, drawn as `planted.design` has it, and noise of 0.3 to 1 % of the
-loss, half of its variance common to the languages of a run. The slow tests print what they measure (`pytest -s`).
+loss, half of its variance common to the languages of a run. The slow tests print what they measure (`pytest -s`). In
+200 simulations the nominal 90 % held:
+
+    languages  groups  runs  noise   gain  shares (worst group)  transfer  losses at the proposal
+           12      12    48  0.5 %   94.5   90.7 (87.0)           92.3      90.3
+           32      10    40  0.5 %   93.5   90.9 (86.0)           92.2      91.3
+           12       8    24  1.0 %   90.5   89.4 (81.5)           92.8      88.3
+
+and of pure noise (1 %, 8 groups, 32 runs) the gain's interval excluded 0 in 4 (12 languages) and 14 (32) of 200, none
+of which was recommended, for the held-out rho. The gain is that of the proposal made, not of the true optimum.
 """
 
 from dataclasses import asdict
@@ -13,7 +22,7 @@ from eurollm_jax.ablation.analysis import analyse
 from eurollm_jax.ablation.bootstrap import bootstrap, gain
 from eurollm_jax.ablation.fitting import fit
 from eurollm_jax.ablation.laws import transfer_matrix
-from eurollm_jax.ablation.proposal import propose
+from eurollm_jax.ablation.proposal import divergence, objective, propose
 from eurollm_jax.ablation.study import Analysis
 from tests.ablation.planted import coverage, planted
 
@@ -22,20 +31,30 @@ SIMULATIONS = 200
 
 @pytest.mark.parametrize(("languages", "groups"), [(12, 12), (32, 10)])
 def test_law_transfer_and_optimum_are_recovered(languages, groups):
-    """At 5 runs for each group and noise of 0.3 %: predictions to 0.5 %, nine of ten signs, shares to 0.03."""
+    """At 5 runs for each group and noise of 0.3 %.
+
+    Predictions to 0.25 %, 19 of 20 signs of transfer and each language's own, shares to 0.035 on average, 85 % of what
+    the true optimum wins. Of 20 simulations of each the worst had 0.17 %, 95.3 %, 0.031 and 87 %.
+    """
     study = planted(languages, groups, runs_per_group=5, noise=0.003, seed=4)
     problem, prior = study.problem, study.problem.prior
     optimum, transfer = propose(study.law, problem), transfer_matrix(study.law, prior)
+
+    def reached(shares):
+        return objective(study.law, problem, shares) + problem.kl * divergence(shares, prior)
+
     for simulation in range(3):
         runs = study.observe(np.random.default_rng(simulation))
         law = fit("log-linear", runs, prior, problem.holds, starts=8, seed=0).law
         error = law.predict(study.shares) / study.law.predict(study.shares) - 1
-        assert np.sqrt((error**2).mean()) < 0.005
+        assert np.sqrt((error**2).mean()) < 0.0025
         signs = np.sign(transfer_matrix(law, prior)) == np.sign(transfer)
-        assert signs.mean() > 0.9
+        assert signs.mean() > 0.95
         own = np.arange(languages), np.arange(languages) % groups
         assert signs[own].all()
-        assert np.abs(propose(law, problem) - optimum).mean() < 0.03
+        proposal = propose(law, problem)
+        assert np.abs(proposal - optimum).mean() < 0.035
+        assert reached(prior) - reached(proposal) > 0.85 * (reached(prior) - reached(optimum))
 
 
 @pytest.mark.slow

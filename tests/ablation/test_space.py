@@ -151,13 +151,15 @@ def test_a_source_without_a_language_leaves_out_the_baselines_over_languages(ask
     assert "'code' has the language ''" in caplog.text
 
 
-def test_caps_hold_for_the_longer_of_the_proxies_and_the_run_that_is_meant(asked):
+def test_caps_hold_for_the_longest_of_the_proxies_the_confirmation_and_the_run_that_is_meant(asked):
     proxy = asked.proxy.total_rows * 100  # 9,600 tokens; mt is 1/31 of its group
     for tokens, constraints, confirmation in (
         (proxy, Constraints(max_epochs=0.25), None),
         (proxy, Constraints(max_epochs=0.25, tokens=1_000), None),
         (20_000, Constraints(max_epochs=0.25, tokens=20_000), None),
         (12_800, Constraints(max_epochs=0.25), Confirmation(replace(asked.proxy, steps=50))),
+        (12_800, Constraints(max_epochs=0.25, tokens=1_000), Confirmation(replace(asked.proxy, steps=50))),
+        (20_000, Constraints(max_epochs=0.25, tokens=20_000), Confirmation(replace(asked.proxy, steps=50))),
     ):
         space = build_space(replace(asked, constraints=constraints, confirmation=confirmation), SIZES, HELDOUT)
         np.testing.assert_allclose(space.upper[1], 0.25 * 31_000 / tokens, rtol=1e-4)
@@ -228,6 +230,22 @@ def test_official_targets_need_official_text(asked, caplog):
         build_space(replace(asked, targets="official"), SIZES, ("ca", "nn"))
     build_space(replace(asked, targets="official"), SIZES, HELDOUT)
     assert "which the target leaves out: cs, da, el" in caplog.text
+
+
+@pytest.mark.parametrize("targets", ["uniform", "official", {"mt": 1.0, "el": 3.0, "fr": 0.0}])
+def test_text_that_is_trained_on_or_measured_alone_is_told_of(asked, caplog, targets):
+    """By group; of held-out languages, those that the target counts."""
+    sizes = {**SIZES, "code": SourceSize(9_000, 9_000, 90, "")}
+    groups = {**GROUPS, "code": ("code",)}
+    build_space(replace(asked, groups=groups, targets=targets), sizes, ("el", "fr", "mt"))
+    said = "so the target does not count what is learnt of them: de, en, fi of North; bg of South; 'code' of code"
+    assert said in caplog.text
+    unread = "el, fr" if isinstance(targets, str) else "el"
+    weight = 67 if isinstance(targets, str) else 75
+    assert f"that the target counts ({weight}% of its weight) and that no group trains on: {unread}\n" in caplog.text
+    caplog.clear()
+    build_space(replace(asked, targets="uniform"), SIZES, sorted({size.language for size in SIZES.values()}))
+    assert not caplog.text
 
 
 def test_a_space_over_stores(study, space):

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from eurollm_jax.ablation.finding import Contender, Finding, HeldOutRun
-from eurollm_jax.ablation.report import write_report
 from eurollm_jax.ablation.report.answer import ANCHORS
 from eurollm_jax.ablation.report.charts import whisker
-from eurollm_jax.ablation.report.records import FILES, Findings, Interval, read_study
+from eurollm_jax.ablation.report.records import Interval, read_study
 from eurollm_jax.ablation.report.terminal import answer_table, design_tables
 from eurollm_jax.ablation.report.words import sentence
-from eurollm_jax.corpus.folders import write_json
-from eurollm_jax.errors import UserError
-from eurollm_jax.evaluation.report.records import parse
+from eurollm_jax.ablation.table import weighted
 from eurollm_jax.evaluation.report.svg import Axis
 from eurollm_jax.languages import LANGUAGES as TABLE
 from tests.ablation.study_folder import (
@@ -27,28 +23,19 @@ from tests.ablation.study_folder import (
     PRIOR,
     PROPOSAL,
     RUNS,
+    STEPS,
+    WEIGHTS,
     change,
+    fix,
+    report,
+    signed,
     write_study,
 )
-from tests.evaluation.test_report import Page
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "families"
-
-
-def report(folder):
-    made = write_report(folder)
-    assert made == folder / "report.html"
-    page = Page(made.read_text(encoding="utf-8"))
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    return page
-
-
-def signed(value, digits=4):
-    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def test_the_page_is_well_formed_and_asks_nothing_of_the_network(folder):
@@ -135,14 +122,19 @@ def test_each_language_shows_prior_proposal_best_runs_and_confirmation(folder):
     page, found = report(folder), written["findings"]
     best = sorted(written["final"], key=written["final"].get)[:2]
     finals = {name: curve.final for name, curve in read_study(folder).proxies.items()}
+    assert "Prior, observed: the mean of prior-0 and prior-1." in page.text
+    titles = {attrs.get("title") for _, attrs in page.tags}
     for code in LANGUAGES:
         name, weight, _, change, prior, proposal, *rest = page.row("data-language", code)
+        assert float(prior[0]) == pytest.approx((finals["prior-0"][code] + finals["prior-1"][code]) / 2, rel=1e-12)
         assert name[1] == TABLE[code].name + code
         assert float(weight[0]) == written["study"]["targets"][code]
         assert float(change[0]) == found["changes"][code]["value"]
-        assert float(prior[0]) == found["predicted"]["prior"][code]["value"]
+        foretold = found["predicted"]["prior"][code]
+        assert f"predicted {foretold['value']:.3f}, {foretold['low']:.3f} to {foretold['high']:.3f}" in titles
         assert float(proposal[0]) == found["predicted"]["proposal"][code]["value"]
-        of_seeds = [written["confirmation"]["arms"][arm]["bits_per_byte"][code] for arm in ("prior", "proposal")]
+        confirmed = written["confirmation"]["arms"]
+        of_seeds = [confirmed[arm]["bits_per_byte"][code] for arm in ("prior", "proposal", "UniMax")]
         expected = [finals[name][code] for name in best] + [math.fsum(values) / 3 for values in of_seeds]
         assert [float(cell[0]) for cell in rest] == expected
     better = sum(one["high"] < 0 for one in found["changes"].values())
@@ -168,6 +160,79 @@ def test_transfer_shows_figures_only_where_the_interval_leaves_out_zero(folder):
             assert f"interval {signed(1000 * found['low'], 2)} to {signed(1000 * found['high'], 2)}" in attrs["title"]
     clear = sum(one["low"] > 0 or one["high"] < 0 for row in transfer.values() for one in row.values())
     assert f"Of 60 intervals of 90 %, {clear} leave out 0; about 6 would" in page.text
+
+
+def test_a_prior_that_no_proxy_tried_is_shown_as_predicted(folder):
+    written = write_study(folder)
+    for arm in written["study"]["arms"]:
+        arm["kind"] = "draw"
+    change(folder / "study.json", arms=written["study"]["arms"])
+    page = report(folder)
+    assert "prior,predicted" in page.text
+    assert "prior,observed" not in page.text
+    for code in LANGUAGES:
+        assert float(page.row("data-language", code)[4][0]) == written["findings"]["predicted"]["prior"][code]["value"]
+
+
+def test_a_group_that_does_not_move_has_empty_cells_that_nothing_counts(folder):
+    transfer = write_study(folder)["findings"]["transfer"]
+    fix(folder, "Uralic")
+    page = report(folder)
+    for code in LANGUAGES:
+        _, *shown = page.row("data-transfer", code)
+        assert [words for _, words in shown][list(GROUPS).index("Uralic")] == ""
+    empty = [attrs for tag, attrs in page.tags if tag == "td" and attrs.get("title", "").startswith("Uralic → ")]
+    assert len(empty) == len(LANGUAGES)
+    assert {attrs["title"] for attrs in empty} == {f"Uralic → {TABLE[code].name}: does not move" for code in LANGUAGES}
+    assert not [attrs for attrs in empty if {"faint", "helps", "harms"} & set(attrs["class"].split())]
+    others = [one for row in transfer.values() for group, one in row.items() if group != "Uralic"]
+    clear = sum(one["low"] > 0 or one["high"] < 0 for one in others)
+    assert f"Of 50 intervals of 90 %, {clear} leave out 0; about 5 would" in page.text
+    assert "Nothing is known of Uralic, whose shares do not move." in page.text
+    assert "Fixed: Uralic." in page.text
+    said, table = answer_table(folder)
+    assert said.startswith("Recommended")
+    assert table.row_count == len(GROUPS)
+
+
+def test_learning_curves_are_of_one_part_of_the_text(folder):
+    """The last step is measured twice, and the whole text is PART bits easier than the part."""
+    write_study(folder)
+    page = report(folder)
+    (label,) = (attrs["aria-label"] for _, attrs in page.tags if "proxies by tokens" in attrs.get("aria-label", ""))
+    along = [
+        [weighted(bits, WEIGHTS) for _, bits in curve.along]
+        for curve in read_study(folder).proxies.values()
+        if not curve.diverged
+    ]
+    later = [value for values in along for value in values[len(values) // 3 :]]
+    assert label.endswith(f"from {max(later):.3f} to {min(later):.3f}")
+    lines = [
+        attrs["d"] for tag, attrs in page.tags if tag == "path" and attrs.get("class") in {"raw", "prior-line", "model"}
+    ]
+    drawn = [d for d in lines if d != "M0,7H24"]
+    assert len(drawn) == RUNS - 1
+    assert {len(re.findall("[ML]", d)) for d in drawn} == {len(STEPS)}
+
+
+def test_one_pair_has_no_interval(folder):
+    gain = write_study(folder, held="undecided")["confirmation"]["gain"]
+    change(folder / "confirmation.json", gain={**gain, "low": None, "high": None, "of_seeds": gain["of_seeds"][:1]})
+    text = report(folder).text
+    assert f"Confirmed gain{signed(gain['mean'])} bits per byteone pair has no interval" in text
+    assert f"observed, confirmation{signed(gain['mean'])}one pair has no interval" in text
+
+
+def test_runs_of_a_confirmation_stand_under_their_seeds_where_one_diverged(folder):
+    arms = write_study(folder)["confirmation"]["arms"]
+    arms["UniMax"]["objective"].pop(1)
+    change(folder / "confirmation.json", arms=arms, diverged={"UniMax-seed-1": "the loss was not finite"})
+    page = report(folder)
+    _, mean, *seeds = page.row("data-arm", "UniMax")
+    first, last = arms["UniMax"]["objective"]
+    assert float(mean[0]) == (first + last) / 2
+    assert [words for _, words in seeds] == [f"{first:.4f}", "–", f"{last:.4f}"]
+    assert "Diverged, so that their pair is not in the gain: UniMax-seed-1 (the loss was not finite)." in page.text
 
 
 def test_the_scatter_holds_every_run_that_was_left_out_and_scores_are_said(folder):
@@ -245,82 +310,11 @@ def test_the_mixture_stands_there_to_be_copied(folder):
     assert blend == (folder / "datamix.txt").read_text().strip()
 
 
-@pytest.mark.parametrize(
-    ("removed", "said"),
-    [
-        ("results.parquet", "No proxy has been measured yet."),
-        ("findings.json", "Not answered yet."),
-        ("confirmation.json", "Prior and proposal have not been trained again yet."),
-        ("mixture.py", "There is no mixture to copy yet."),
-    ],
-)
-def test_a_missing_file_leaves_a_section_that_says_what_makes_it(folder, removed, said):
+def test_times_are_said_to_be_of_starts_that_ended_in_order(folder):
     write_study(folder)
-    (folder / removed).unlink()
-    page = report(folder)
-    assert said in page.text
-    assert f"{removed} is made by eurollm ablate" in page.text
-    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == list(ANCHORS)
-
-
-def test_a_study_that_has_just_begun_has_a_report(folder):
-    write_study(folder)
-    for name in FILES[1:]:
-        (folder / name).unlink()
     text = report(folder).text
-    assert "Not answered yet. 0 of 24 proxies have ended; the law is fitted when all have." in text
-    change(
-        folder / "study.json", cost={**json.loads((folder / "study.json").read_text())["cost"], "confirmation": None}
-    )
-    assert "The study declares no confirmation" in report(folder).text
-
-
-def test_foreign_words_cannot_break_the_page(folder):
-    nasty = "<script>alert(1)</script> & \"q\" 'x' \x00 $body"
-    written = write_study(folder, name="families")
-    change(folder / "study.json", question=nasty, code=nasty)
-    findings = written["findings"]
-    change(folder / "findings.json", reasons=[nasty], caveats=[nasty], further=nasty, recommended=False)
-    change(folder / "confirmation.json", sentence=nasty, diverged={nasty: nasty})
-    change(folder / "findings.json", law=nasty, scores={nasty: findings["scores"]["power"]})
-    (folder / "mixture.py").write_text(nasty)
-    page = report(folder)
-    assert [tag for tag, _ in page.tags].count("script") == 1
-    assert "".join(page.words).count(nasty.replace("\x00", "␀")) >= 8
-
-
-def test_broken_files_are_named_and_the_old_report_stays(folder):
-    write_study(folder)
-    write_report(folder)
-    before = (folder / "report.html").read_bytes()
-    change(folder / "findings.json", recommended="yes")
-    with pytest.raises(UserError, match=r"findings\.json: `recommended` is \"yes\" but should be true or false"):
-        write_report(folder)
-    change(folder / "findings.json", recommended=True, proposal={"Slavic": {"value": 1.0, "low": 1.0, "high": 1.0}})
-    with pytest.raises(UserError, match="proposes shares of Slavic, and the groups"):
-        write_report(folder)
-    change(folder / "study.json", fingerprint="00" * 32)
-    with pytest.raises(UserError, match=r"results\.parquet is of the study 5f0a5f0a5f0a, study\.json of 000000000000"):
-        write_report(folder)
-    (folder / "study.json").write_text("{")
-    with pytest.raises(UserError, match=r"study\.json"):
-        write_report(folder)
-    (folder / "study.json").unlink()
-    with pytest.raises(UserError, match=r"is not the folder of a study, it has no study\.json"):
-        write_report(folder)
-    assert (folder / "report.html").read_bytes() == before
-
-
-def test_the_analysis_writes_what_the_report_reads(folder, tmp_path):
-    """`Finding.to_json` and the schema here are written down apart."""
-    written = write_study(folder)["findings"]
-    finding = Finding.from_json(json.loads(json.dumps(written)))
-    write_json(tmp_path / "findings.json", finding.to_json())
-    again = parse(json.loads((tmp_path / "findings.json").read_text()), Findings, "findings.json")
-    assert again.gain == Interval(**written["gain"])
-    assert again.baselines["UniMax"].gain == Interval(**written["baselines"]["UniMax"]["gain"])
-    assert isinstance(finding.baselines["prior"], Contender)
-    assert isinstance(finding.heldout["power"][0], HeldOutRun)
+    assert "41 min 9 s on 2 x cpu of 2 cores, of starts that ended in order" in text
+    assert "Time is that of the starts that ended in order" in text
 
 
 def test_a_dry_run_prints_mixtures_parameters_and_cost(folder, capsys):
@@ -338,15 +332,6 @@ def test_a_dry_run_prints_mixtures_parameters_and_cost(folder, capsys):
     proxies = next(line for line in said.splitlines() if line.split()[:1] == ["proxies"])
     assert proxies.split()[-3:] == ["30", "min", "1.00"]  # half an hour on two devices
     assert "proxies: timed on 3 steps" in said
-
-
-def test_languages_outside_the_table_are_shown_by_their_code(folder):
-    write_study(folder)
-    text = (folder / "study.json").read_text().replace('"sv"', '"xx"')
-    (folder / "study.json").write_text(text)
-    (folder / "findings.json").write_text((folder / "findings.json").read_text().replace('"sv"', '"xx"'))
-    page = report(folder)
-    assert page.row("data-language", "xx")[0][1] == "xxxx"
 
 
 def test_numbers_in_sentences_are_set_like_the_others():

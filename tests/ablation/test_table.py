@@ -12,7 +12,7 @@ import pytest
 from eurollm_jax.ablation.table import SCHEMA, Replica, curves, read_results, weighted, write_results
 from eurollm_jax.errors import UserError
 from eurollm_jax.training.ensemble_measurements import Measurement
-from tests.ablation.study_folder import DIVERGED, FINGERPRINT, RUNS, STEPS, WEIGHTS, write_study
+from tests.ablation.study_folder import DIVERGED, FINGERPRINT, PART, RUNS, STEPS, WEIGHTS, write_study
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_pandas_reads_every_row_and_a_languages_sums_are_those_of_its_sources(ma
     frame = pd.read_parquet(path)
     sources = {source for _, measured in written["runs"] for source in measured[0].bytes}
     languages = {code_of(source) for source in sources}
-    assert len(frame) == RUNS * len(STEPS) * (len(sources) + len(languages))
+    assert len(frame) == RUNS * (len(STEPS) + 1) * (len(sources) + len(languages))
     assert frame.dtypes["bytes"] == "int64"
     assert frame.dtypes["bits_per_byte"] == "float64"
     assert frame.dtypes["complete"] == "bool"
@@ -50,7 +50,7 @@ def test_pandas_reads_every_row_and_a_languages_sums_are_those_of_its_sources(ma
         assert set(mine.kind) == {kinds[replica.name]}
         assert dict(mine.shares.iloc[0]) == dict(replica.shares)
         for one in measured:
-            at = mine[mine.step == one.step]
+            at = mine[(mine.step == one.step) & (mine.complete == one.complete)]
             assert set(at.tokens) == {one.tokens}
             nats, size = defaultdict(list), defaultdict(int)
             for source, value in one.nats.items():
@@ -108,7 +108,18 @@ def test_final_figures_are_those_of_the_last_and_complete_measurement(made):
     assert sound.keys() == written["final"].keys()
     for name, value in sound.items():
         assert value == pytest.approx(written["final"][name], rel=1e-12)
-    assert all(curve.complete == (False, False, False, True) for curve in found.values())
+    assert all(curve.complete == (False, False, False, False, True) for curve in found.values())
+    assert all([tokens for tokens, _ in curve.along] == [4000 * step for step in STEPS] for curve in found.values())
+    for name in written["final"]:
+        assert found[name].along[-1][1]["mt"] == pytest.approx(found[name].final["mt"] + PART)
+
+
+def test_a_run_that_has_not_ended_has_no_final_figures(tmp_path):
+    part = Measurement("a", 8, 64, 4000, False, "", {"x": 1000.0}, {}, {"x": 900})
+    replica = Replica("proxy", "a", "draw", 0, "f", {"g": 1.0})
+    write_results(tmp_path / "r.parquet", "s", "f", [(replica, [part])], {"x": "de"})
+    (curve,) = curves(read_results(tmp_path / "r.parquet"), "proxy").values()
+    assert (curve.ended, curve.final, len(curve.along)) == (False, {}, 1)
 
 
 def test_the_objective_needs_every_language_that_counts():
@@ -147,9 +158,24 @@ def test_other_files_are_refused_by_name(tmp_path):
     path = tmp_path / "results.parquet"
     with pytest.raises(UserError, match=r"there is no .*results\.parquet: `eurollm ablate` writes it"):
         read_results(path)
+    again = r"remove results\.parquet; `eurollm ablate` makes it again"
     path.write_text("not parquet")
-    with pytest.raises(UserError, match=r"results\.parquet is not Parquet"):
+    with pytest.raises(UserError, match=rf"results\.parquet is damaged or not Parquet \(.*\): {again}"):
         read_results(path)
     pq.write_table(pa.table({"study": ["a"]}), path)
-    with pytest.raises(UserError, match="lacks the columns phase, replica"):
+    with pytest.raises(UserError, match=f"lacks the columns phase, replica.*: {again}"):
         read_results(path)
+    pq.write_table(pa.table({name: ["a"] for name in SCHEMA.names}), path)
+    with pytest.raises(UserError, match=f"has columns of other types, study, phase.*, step.*: {again}"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_table_that_was_cut_or_overwritten_is_refused_in_a_sentence(made, tmp_path, part):
+    path, _ = made
+    whole, damaged = path.read_bytes(), tmp_path / "results.parquet"
+    at = int(part * len(whole))
+    for content in (whole[:at], whole[:at] + bytes(len(whole) - at - 8) + whole[-8:]):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged or not Parquet .*: remove results\.parquet"):
+            read_results(damaged)

@@ -210,4 +210,5 @@ def test_a_signal_while_nothing_is_trained_ends_with_the_status_of_a_run_that_is
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert said.decode().startswith(f"eurollm: stopped by {number.name} while nothing was trained")
+    expected = f"eurollm: stopped by {number.name} while nothing was being trained; the same command goes on\n"
+    assert said.decode() == expected

@@ -18,16 +18,19 @@ LAWS: tuple[LawName, ...] = ("log-linear", "power")
 def analyse(observations: Observations, problem: Problem, settings: Analysis) -> Finding:
     """Fit, validate, propose, and judge. Raises UserError if there are fewer runs than the law needs.
 
-    The law that proposes is `settings.law`; the others are fitted too, where the runs suffice, and only scored.
+    The law that proposes is `settings.law`; "auto" is the one, of those that the runs suffice for, that predicts the
+    objective of runs that were left out with the smaller squared error. The others are fitted too, and only scored.
     """
     runs, groups = len(observations.names), len(observations.groups)
-    law = choose_law(settings.law, runs, groups)
+    needed = choose_law(settings.law, runs, groups)
     fits = {
         name: fit(name, observations, problem.prior, problem.holds, starts=settings.starts, seed=settings.seed)
         for name in LAWS
-        if name == law or runs >= runs_needed(name, groups)
+        if name == needed or runs >= runs_needed(name, groups)
     }
     scores, heldout = _validate(fits, observations, problem, settings)
+    law = max(fits, key=lambda name: np.nan_to_num(scores[name].r2_heldout, nan=-np.inf))
+    law = law if settings.law == "auto" else needed
     samples = bootstrap(fits[law], problem, settings.bootstraps, settings.confidence, settings.seed)
     won = Estimate(*gain(samples, settings.confidence))
     observed = observations.losses @ problem.weights

@@ -12,15 +12,17 @@ languages, as what moves one language of a run moves its others. Residuals are s
 1/2 mends that (HC2 of MacKinnon and White 1985), of 1 over-mends it (HC3, the jackknife). It is between them because
 the fitted optimum lies nearer to the bounds than the true one, where samples of it differ less; the coverage is
 measured in tests/ablation/test_planted.py. k is the ratio of Student's quantile to the normal one, for the degrees of
-freedom that the fit left.
-Quantiles are those of B + 1: the plain ones of 100 samples hold 88 % where they should 90.
+freedom that the fit left. Quantiles are those of B + 1: the plain ones of 100 samples hold 88 % where they should 90.
 
 Intervals. Of a quantity that the study estimates (a share of the optimum, a transfer entry, a prediction at given
 shares): the percentiles of the samples. Of a quantity at the proposal, which was chosen because its estimate is good
 (winner's curse): of the samples' errors D = (sample's law at the sample's proposal) - (fitted law at the sample's
 proposal), which hold such optimism too; the interval is the estimate less the percentiles of D, and the value given is
-less their mean. Where noise rules, D holds too little of it. So the gain's lower end is also the estimate less the
-percentile of what is won by chance: of the gains found in samples of the same noise about a law without slopes.
+less their mean. Of the gain both ends need more, as samples are about a fitted law, whose proposal is more extreme than
+the true law's. Where the optimism was small, D holds too much of it: the upper end is a quarter of the way (which was
+chosen for its coverage) from D's to that of shares that nobody chose. Where noise rules, D holds too little: unless an
+F-test finds that the mixtures matter at all, the lower end is at most the estimate less what is won by chance, the
+percentile of the gains that are found in samples of the same noise about a law without slopes.
 """
 
 import math
@@ -35,6 +37,8 @@ from scipy import stats
 from eurollm_jax.ablation.fitting import Fit
 from eurollm_jax.ablation.laws import Law
 from eurollm_jax.ablation.proposal import Problem, objective, propose
+
+UNCHOSEN = 1 / 4  # of the upper end of a gain's interval; see above
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Samples:
     laws: Law  # leading axis B
     proposal: Float[np.ndarray, "G"]
     proposals: Float[np.ndarray, "B G"]
-    chance: Float[np.ndarray, "B"]  # gains found of noise alone, where no mixture matters
+    chance: Float[np.ndarray, "B"] | None  # gains found of noise alone; None where the mixtures surely matter
 
 
 def noise(fit: Fit, count: int, confidence: float, rng: np.random.Generator) -> Float[np.ndarray, "B N L"]:
@@ -75,12 +79,30 @@ def noise(fit: Fit, count: int, confidence: float, rng: np.random.Generator) -> 
 
 def bootstrap(fit: Fit, problem: Problem, count: int, confidence: float, seed: int) -> Samples:
     drawn = noise(fit, count, confidence, np.random.default_rng(seed))
-    found = fit.again(np.concatenate([fit.predicted + drawn, fit.law.predict(problem.prior) + drawn]))
-    laws, of_noise = fit.law_of(found[:count]), fit.law_of(found[count:])
-    proposals = np.stack([propose(laws[index], problem) for index in range(count)])
-    by_chance = np.stack([propose(of_noise[index], problem) for index in range(count)])
-    chance = objective(of_noise, problem, problem.prior) - objective(of_noise, problem, by_chance)
+    laws, proposals = _refit(fit, problem, fit.predicted + drawn)
+    chance = None
+    if mixtures_matter(fit, problem) > 0.1 * (1 - confidence):
+        of_noise, by_chance = _refit(fit, problem, fit.law.predict(problem.prior) + drawn)
+        chance = objective(of_noise, problem, problem.prior) - objective(of_noise, problem, by_chance)
     return Samples(problem, fit.law, laws, propose(fit.law, problem), proposals, chance)
+
+
+def _refit(fit: Fit, problem: Problem, losses: Float[np.ndarray, "B N L"]) -> tuple[Law, Float[np.ndarray, "B G"]]:
+    laws = fit.law_of(fit.again(losses))
+    return laws, np.stack([propose(laws[index], problem) for index in range(len(losses))])
+
+
+def mixtures_matter(fit: Fit, problem: Problem) -> float:
+    """Probability of a fit as good as this to the weighted bits per byte, if no mixture mattered (F-test)."""
+    runs = len(fit.losses)
+    observed = fit.losses @ problem.weights
+    left = ((observed - fit.predicted @ problem.weights) ** 2).sum()
+    explained = ((observed - observed.mean()) ** 2).sum() - left
+    used = float(fit.leverage.sum(0) @ problem.weights) - 1
+    free = max(runs - 1 - used, 1.0)
+    if left <= 0 or used <= 0 or explained <= 0:
+        return 0.0 if explained > 0 else 1.0
+    return float(stats.f.sf((explained / used) / (left / free), used, free))
 
 
 def estimate(
@@ -115,5 +137,8 @@ def gain(samples: Samples, confidence: float) -> tuple[float, float, float]:
     errors = won(samples.laws, samples.proposals) - won(samples.fitted, samples.proposals)
     found = won(samples.fitted, samples.proposal)
     value, low, high = estimate_chosen(found, errors, confidence)
-    low = min(low, found - _tails(samples.chance, confidence)[1])
+    unchosen = won(samples.laws, samples.proposal) - found
+    high += UNCHOSEN * max(0.0, found - _tails(unchosen, confidence)[0] - high)
+    if samples.chance is not None:
+        low = min(low, found - _tails(samples.chance, confidence)[1])
     return float(value), float(low), float(high)

@@ -8,9 +8,9 @@ from rich import markup
 from rich.table import Table
 
 from eurollm_jax.ablation.report.answer import verdict_of
-from eurollm_jax.ablation.report.records import Interval, StudyFolder, read_study
+from eurollm_jax.ablation.report.records import Interval, StudyFolder, field_of, read_study
 from eurollm_jax.ablation.report.terminal import plain_table
-from eurollm_jax.ablation.report.words import DASH, figure, signed, signed_range
+from eurollm_jax.ablation.report.words import DASH, figure, paired_range, signed, signed_range
 from eurollm_jax.evaluation.report.frame import language_name
 from eurollm_jax.evaluation.report.text import count, duration
 
@@ -48,12 +48,12 @@ def _verdicts(studies: Sequence[StudyFolder], names: Sequence[str]) -> Table:
         "predicted gain": lambda s: _gain(s.findings.gain if s.findings else None),
         "law": lambda s: s.findings.law if s.findings else DASH,
         "rho, runs left out": lambda s: figure(_rho(s), 2),
-        "confirmed gain": lambda s: _gain(s.confirmation.gain.interval if s.confirmation else None),
+        "confirmed gain": lambda s: _confirmed(s),
         "proxies (diverged)": lambda s: f"{len(s.objectives)} of {len(s.study.arms)} ({len(s.diverged)})",
         "parameters": lambda s: count(s.study.cost.proxies.parameters),
-        "tokens each": lambda s: count(s.study.cost.proxies.tokens / max(1, s.study.cost.proxies.runs)),
+        "tokens each": lambda s: count(_size(s)[1]),
         "FLOP": lambda s: f"{_flops(s):.3g}",
-        "time": lambda s: _time(s),
+        "time, starts that ended in order": lambda s: _time(s),
     }
     for line, show in lines.items():
         table.add_row(line, *(markup.escape(show(study)) for study in studies))
@@ -62,6 +62,11 @@ def _verdicts(studies: Sequence[StudyFolder], names: Sequence[str]) -> Table:
 
 def _gain(found: Interval | None) -> str:
     return DASH if found is None else f"{signed(found.value)} ({signed_range(found)})"
+
+
+def _confirmed(study: StudyFolder) -> str:
+    found = study.confirmation
+    return DASH if found is None else f"{signed(found.gain.mean)} ({paired_range(found)})"
 
 
 def _rho(study: StudyFolder) -> float | None:
@@ -131,11 +136,7 @@ def _differences(studies: Sequence[StudyFolder], names: Sequence[str]) -> list[s
         hashes = [_inputs(s, "heldout") for s in (first, study)]
         if None not in hashes and hashes[0] != hashes[1]:
             said.append(f"{pair} have other held-out text: bits per byte are not comparable.")
-        sizes = [
-            (s.study.cost.proxies.parameters, s.study.cost.proxies.tokens // s.study.cost.proxies.runs)
-            for s in (first, study)
-        ]
-        if sizes[0] != sizes[1]:
+        if _size(first) != _size(study):
             said.append(f"{pair} have proxies of another size or length: compare changes, not bits per byte.")
     return said
 
@@ -147,7 +148,8 @@ def _size(study: StudyFolder) -> tuple[int, int]:
 
 
 def _inputs(study: StudyFolder, name: str) -> str | None:
-    return study.identity.get("proxy", {}).get("inputs", {}).get(name)
+    found = field_of(study.identity, "proxy", "inputs", name)
+    return found if isinstance(found, str) else None
 
 
 def _only(mine: set[str], other: set[str]) -> str:

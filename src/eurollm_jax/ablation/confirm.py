@@ -18,14 +18,19 @@ Held = Literal["yes", "no", "undecided"]
 
 @dataclass(frozen=True, eq=False)
 class Arms:
-    """What was observed of each mixture: bits per byte by seed and language."""
+    """What was observed of each mixture: bits per byte by language, of each seed whose run is sound."""
 
     languages: tuple[str, ...]
     weights: Float[np.ndarray, "L"]
-    losses: Mapping[str, Float[np.ndarray, "S L"]]  # by mixture; the seeds of all are the same
+    losses: Mapping[str, Mapping[int, Float[np.ndarray, "L"]]]  # by mixture and seed
 
-    def objective(self, arm: str) -> Float[np.ndarray, "S"]:
-        return self.losses[arm] @ self.weights
+    def objective(self, arm: str) -> dict[int, float]:
+        return {seed: float(losses @ self.weights) for seed, losses in self.losses[arm].items()}
+
+    def gains(self, arm: str) -> list[float]:
+        """By how much it is better than the prior, of each seed that has both."""
+        prior, own = self.objective("prior"), self.objective(arm)
+        return [prior[seed] - own[seed] for seed in sorted(prior.keys() & own.keys())]
 
 
 def mean_interval(values: Sequence[float] | Float[np.ndarray, "S"], confidence: float) -> tuple[float, float, float]:
@@ -39,12 +44,16 @@ def mean_interval(values: Sequence[float] | Float[np.ndarray, "S"], confidence: 
 
 
 def verdict(arms: Arms, predicted: tuple[float, float, float], confidence: float) -> dict[str, Any]:
-    """The content of confirmation.json; `predicted` is the gain that the proxies foretold, with its interval."""
-    gains = {arm: arms.objective("prior") - arms.objective(arm) for arm in arms.losses if arm != "prior"}
-    gain, low, high = mean_interval(gains["proposal"], confidence)
+    """The content of confirmation.json; `predicted` is the gain that the proxies foretold, with its interval. At least
+    one seed has both the prior and the proposal."""
+    gains = arms.gains("proposal")
+    gain, low, high = mean_interval(gains, confidence)
     held: Held = "yes" if low > 0 else "no" if high < 0 else "undecided"
-    seeds = len(gains["proposal"])
-    interval = f"{gain:+.4f} bits per byte, {confidence:.0%} interval {low:+.4f} to {high:+.4f}, {seeds} seeds"
+    interval = f"{gain:+.4f} bits per byte, "
+    if len(gains) > 1:
+        interval += f"{100 * confidence:g} % interval {low:+.4f} to {high:+.4f}, {len(gains)} seeds"
+    else:
+        interval += "of one seed, which has no interval"
     told = f"the proxies foretold {predicted[0]:+.4f} ({predicted[1]:+.4f} to {predicted[2]:+.4f})"
     said = {
         "yes": f"The proposal won: it gains {interval}; {told}.",
@@ -55,15 +64,16 @@ def verdict(arms: Arms, predicted: tuple[float, float, float], confidence: float
         "held": held,
         "sentence": said[held],
         "confidence": confidence,
-        "gain": {"mean": gain, "low": _finite(low), "high": _finite(high), "of_seeds": gains["proposal"].tolist()},
+        "gain": {"mean": gain, "low": _finite(low), "high": _finite(high), "of_seeds": gains},
         "predicted_gain": {"mean": predicted[0], "low": predicted[1], "high": predicted[2]},
         "arms": {
             arm: {
-                "objective": arms.objective(arm).tolist(),
-                "bits_per_byte": dict(zip(arms.languages, losses.T.tolist(), strict=True)),
-                **({} if arm == "prior" else {"gain": float(gains[arm].mean())}),
+                "objective": list(arms.objective(arm).values()),
+                "bits_per_byte": dict(zip(arms.languages, np.stack(list(losses.values())).T.tolist(), strict=True)),
+                **({} if arm == "prior" or not arms.gains(arm) else {"gain": float(np.mean(arms.gains(arm)))}),
             }
             for arm, losses in arms.losses.items()
+            if losses
         },
     }
 

@@ -7,6 +7,7 @@ concentrations at once, only the lowest would be left. Draw i depends on no late
 shorter one.
 """
 
+import itertools
 import logging
 import math
 import re
@@ -54,14 +55,14 @@ def arms(design: Design, space: Space) -> list[Arm]:
     share is below `bounds.LEAST` but 0. Raises UserError for a design that cannot be.
     """
     _check(design)
-    found = [_arm(f"prior-{seed}", "prior", space.prior, seed) for seed in range(design.prior_runs)]
+    found = [_arm(space, f"prior-{seed}", "prior", space.prior, seed) for seed in range(design.prior_runs)]
     found += _draws(design, space)
     if design.leave_one_out:
         found += _leave_one_out(space)
     if design.one_at_a_time is not None:
         found += _one_at_a_time(space, design.one_at_a_time)
     found += [_listed(number, shares, space) for number, shares in enumerate(design.listed, 1)]
-    unlike = _without_twins(found)
+    unlike = _without_twins(_named_apart(found))
     _tell_of_few(unlike, space)
     return unlike
 
@@ -95,8 +96,15 @@ def _check(design: Design) -> None:
             raise UserError(f"design: {message}")
 
 
-def _arm(name: str, kind: Kind, shares: Float[np.ndarray, "G"], seed: int = 0) -> Arm:
-    return Arm(name, kind, tuple(float(share) for share in shares), seed)
+def _arm(space: Space, name: str, kind: Kind, shares: Float[np.ndarray, "G"], seed: int = 0) -> Arm:
+    """Shares in nine digits, or on their bounds: the last digits of a logarithm differ between machines, and a study
+    may move to another. What rounding leaves goes to the group that is farthest from its bounds."""
+    room = np.minimum(shares - space.lower, space.upper - shares)
+    bound = np.where(shares - space.lower < space.upper - shares, space.lower, space.upper)
+    rounded = np.where(room < 1e-8, bound, np.round(shares, 9))
+    if room.max() >= 1e-8:
+        rounded[room.argmax()] += 1 - rounded.sum()
+    return Arm(name, kind, tuple(float(share) for share in rounded), seed)
 
 
 # ---------------------------------------------------------------------------------------------------- draws
@@ -120,7 +128,7 @@ def _draws(design: Design, space: Space) -> list[Arm]:
         distances = apart.sum(axis=2).min(axis=1)
         best = int(distances.argmax())
         kind: Kind = "zeroed" if leaves_out else "draw"
-        found.append(_arm(f"{kind}-{number:02d}", kind, pool.points[best]))
+        found.append(_arm(space, f"{kind}-{number:02d}", kind, pool.points[best]))
         roots[number + 1] = np.sqrt(pool.points[best])
         drawn, moved = drawn + pool.drawn, moved + (best >= pool.within)
         beyond.update(pool.beyond)
@@ -217,8 +225,8 @@ def _leave_one_out(space: Space) -> list[Arm]:
             continue
         upper = np.where(_only(space, i), 0.0, space.upper)
         shares = settled(np.where(_only(space, i), 0.0, space.prior), space.lower, upper)
-        found.append(_arm(f"without-{_plain(group)}", "leave-one-out", shares))
-    return _named_apart(found)
+        found.append(_arm(space, f"without-{_plain(group)}", "leave-one-out", shares))
+    return found
 
 
 def _one_at_a_time(space: Space, factor: float) -> list[Arm]:
@@ -231,8 +239,8 @@ def _one_at_a_time(space: Space, factor: float) -> list[Arm]:
             log.warning("the bounds allow no mixture with %g times the share of %s: it is left out", factor, group)
             continue
         name = f"{_plain(group)}-x{factor:g}"
-        found.append(_arm(name, "one-at-a-time", settled(space.prior, lower, upper)))
-    return _named_apart(found)
+        found.append(_arm(space, name, "one-at-a-time", settled(space.prior, lower, upper)))
+    return found
 
 
 def _listed(number: int, shares: Mapping[str, float], space: Space) -> Arm:
@@ -255,7 +263,7 @@ def _listed(number: int, shares: Mapping[str, float], space: Space) -> Arm:
                 f"{space.upper[i]:.4f}: change the share, or the constraints"
             )
     upper = np.where(found > 0, space.upper, 0.0)
-    return _arm(f"listed-{number}", "listed", settled(found, space.lower, upper))
+    return _arm(space, f"listed-{number}", "listed", settled(found, space.lower, upper))
 
 
 def _plain(group: str) -> str:
@@ -264,12 +272,14 @@ def _plain(group: str) -> str:
 
 
 def _named_apart(found: Sequence[Arm]) -> list[Arm]:
-    """With a number where two groups' names become the same."""
+    """With a number where groups' names become the same: the next that makes a name which no other arm has."""
     times = Counter(arm.name for arm in found)
-    named, seen = [], Counter[str]()
+    taken, named = set(times), []
     for arm in found:
-        seen[arm.name] += 1
-        name = arm.name if times[arm.name] == 1 else f"{arm.name}-{seen[arm.name]}"
+        name = arm.name
+        if times[name] > 1:
+            name = next(new for i in itertools.count(1) if (new := f"{arm.name}-{i}") not in taken)
+            taken.add(name)
         named.append(replace(arm, name=name))
     return named
 

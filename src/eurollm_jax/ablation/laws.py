@@ -122,7 +122,7 @@ def runs_needed(law: LawName, groups: int) -> int:
 
 
 def choose_law(asked: Literal["auto", "log-linear", "power"], runs: int, groups: int) -> LawName:
-    """`auto`: log-linear where the runs suffice, else power.
+    """Of `auto` the one with the most parameters for which the runs suffice: log-linear, else power.
 
     Raises UserError if there are fewer runs than the law needs. A study asks this before it trains.
     """

@@ -14,12 +14,14 @@ import numpy as np
 from eurollm_jax.ablation.design import Arm, arms, require_feasible
 from eurollm_jax.ablation.laws import choose_law
 from eurollm_jax.ablation.space import Space, open_space
-from eurollm_jax.ablation.study import Study
+from eurollm_jax.ablation.study import Confirmation, Study
+from eurollm_jax.ablation.table import Phase
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.errors import UserError
 from eurollm_jax.experiment import Experiment, encode, fingerprint, identity
 from eurollm_jax.model.param import count
 from eurollm_jax.model.transformer import flops_per_token, specs
+from eurollm_jax.training.ensemble_inputs import require_alike
 from eurollm_jax.training.ensemble_step import build_ensemble, layout_of
 from eurollm_jax.training.inputs import Inputs, open_inputs
 
@@ -50,6 +52,7 @@ class PreparedStudy:
 
     study: Study
     inputs: Inputs
+    larger: Inputs | None  # of the confirmation, if there is one
     space: Space
     arms: tuple[Arm, ...]
     costs: dict[str, Cost]  # "proxies", and "confirmation" where there is one
@@ -70,64 +73,87 @@ class PreparedStudy:
         return [self._member(larger, f"{plain}-seed-{seed}", shares, larger.seed + seed) for seed in seeds]
 
     def _member(self, experiment: Experiment, name: str, shares: Sequence[float], seed: int) -> Experiment:
-        data = replace(experiment.data, mixture=self.space.mixture(shares))
-        return replace(experiment, name=name, data=data, seed=seed)
+        return _with(experiment, self.space, name, shares, seed)
+
+    def fingerprint_of(self, phase: Phase, experiment: Experiment) -> str:
+        """What the run would have in its experiment.json, were it trained alone."""
+        return fingerprint(identity(experiment, _hashes(self.inputs if phase == "proxy" else self.larger)))
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what the study finds, as JSON-able values."""
-        study, hashes = self.study, self.hashes
-        confirmation = study.confirmation
-        larger = None if confirmation is None else identity(confirmation.experiment, hashes)
+        """All that decides what the proxies learn, as JSON-able values. What is made of them may change."""
+        groups = zip(self.space.groups, self.space.within, strict=True)
         return {
-            **{name: encode(getattr(study, name)) for name in ("name", "design", "targets", "constraints", "analysis")},
-            "groups": {
-                group: sorted(within) for group, within in zip(self.space.groups, self.space.within, strict=True)
-            },
-            "proxy": identity(study.proxy, hashes),
-            "confirmation": None if confirmation is None else {**encode(confirmation), "experiment": larger},
+            "name": self.study.name,
+            "proxy": identity(self.study.proxy, _hashes(self.inputs)),
+            "groups": [[group, sorted(within)] for group, within in groups],
+            "arms": {arm.name: {"seed": arm.seed, "shares": list(arm.shares)} for arm in self.arms},
         }
 
     @property
-    def hashes(self) -> dict[str, str]:
-        """Of what the paths point to."""
-        heldout = self.inputs.heldout.store.fingerprint
-        return {"tokenizer": self.inputs.tokenizer.sha256, "store": self.inputs.data.fingerprint, "heldout": heldout}
-
-    @property
     def fingerprint(self) -> str:
-        return fingerprint(self.identity())
+        """Of all that the study is, its analysis and its confirmation among it."""
+        study, larger = self.study, self.study.confirmation
+        asked = {name: encode(getattr(study, name)) for name in ("targets", "constraints", "analysis", "confirmation")}
+        hashes = None if larger is None else identity(larger.experiment, _hashes(self.larger))
+        return fingerprint({**self.identity(), **asked, "larger": hashes})
 
 
 def prepare(study: Study) -> PreparedStudy:
     """Raises UserError for whatever of the study cannot be done as it is written, its budget among it."""
-    proxy = study.proxy if study.prior is None else _with_mixture(study.proxy, study)
-    study = replace(study, proxy=proxy)
+    proxy = study.proxy
+    if study.prior is not None:
+        proxy = replace(proxy, data=replace(proxy.data, mixture=study.prior))
+        study = replace(study, proxy=proxy)
     inputs = open_inputs(proxy)
     proxy.schedule.build(proxy.steps)
+    require_alike([proxy])
     space = open_space(study, inputs.data, inputs.heldout)
     found = tuple(arms(study.design, space))
     require_feasible(space, found, proxy.total_rows)
     choose_law(study.analysis.law, len(found), len(space.groups))  # refuses too few runs before any is trained
     costs = {"proxies": Cost.of(proxy, len(found))}
+    larger = None
     if study.confirmation is not None:
-        larger = study.confirmation.experiment
-        if larger.heldout != proxy.heldout or larger.tokenizer != proxy.tokenizer:
-            raise UserError(
-                f"study {study.name!r}: the confirmation has another tokenizer or held-out store than the proxies, and "
-                "bits per byte could not be compared: take both from the proxy experiment."
-            )
-        larger.schedule.build(larger.steps)
-        for name in study.confirmation.baselines:
-            space.baseline(name, tokens_of_the_run(study))  # refuses one that is not there
+        larger = _opened(study, study.confirmation, inputs, space)
         mixtures = 2 + len(study.confirmation.baselines)
-        costs["confirmation"] = Cost.of(larger, mixtures * study.confirmation.seeds)
+        costs["confirmation"] = Cost.of(study.confirmation.experiment, mixtures * study.confirmation.seeds)
     total = math.fsum(cost.flops for cost in costs.values())
     if study.budget is not None and total > study.budget:
         raise UserError(
             f"study {study.name!r} takes {total:.3g} FLOP, and its budget is {study.budget:.3g}: take fewer draws or "
             "steps, or a larger budget."
         )
-    return PreparedStudy(study, inputs, space, found, costs)
+    return PreparedStudy(study, inputs, larger, space, found, costs)
+
+
+def _opened(study: Study, confirmation: Confirmation, inputs: Inputs, space: Space) -> Inputs:
+    """What the confirmation's experiment names, with the prior as its mixture. Raises UserError where it could not be
+    trained, or could not be compared with the proxies."""
+    larger = _with(confirmation.experiment, space, "prior", space.prior.tolist(), confirmation.experiment.seed)
+    require_alike([larger])
+    larger.schedule.build(larger.steps)
+    opened = open_inputs(larger)
+    mine, theirs = _hashes(opened), _hashes(inputs)
+    if differing := [name for name in ("tokenizer", "heldout") if mine[name] != theirs[name]]:
+        raise UserError(
+            f"study {study.name!r}: the confirmation has another {' and '.join(differing)} than the proxies, and bits "
+            "per byte could not be compared: take both from the proxy experiment."
+        )
+    for name in confirmation.baselines:
+        space.baseline(name, tokens_of_the_run(study))  # refuses one that is not there
+    return opened
+
+
+def _with(experiment: Experiment, space: Space, name: str, shares: Sequence[float], seed: int) -> Experiment:
+    """The experiment with shares of the study's groups as its mixture."""
+    return replace(experiment, name=name, data=replace(experiment.data, mixture=space.mixture(shares)), seed=seed)
+
+
+def _hashes(inputs: Inputs | None) -> dict[str, str]:
+    """Of what an experiment's paths point to."""
+    assert inputs is not None
+    heldout = inputs.heldout.store.fingerprint
+    return {"tokenizer": inputs.tokenizer.sha256, "store": inputs.data.fingerprint, "heldout": heldout}
 
 
 def tokens_of_the_run(study: Study) -> int:
@@ -137,10 +163,13 @@ def tokens_of_the_run(study: Study) -> int:
     return Cost.of(study.proxy if study.confirmation is None else study.confirmation.experiment, 1).tokens
 
 
-def ensembles[T](runs: Sequence[T], at_once: int) -> list[tuple[T, ...]]:
-    """The runs in parts of at most `at_once`, as equal in size as can be: a part of another size is another program."""
-    parts = -(-len(runs) // at_once)
-    sizes = [len(runs) // parts + (part < len(runs) % parts) for part in range(parts)]
+def ensembles[T](runs: Sequence[T], at_once: int, devices: int = 1) -> list[tuple[T, ...]]:
+    """The runs in parts of at most `at_once`, as equal in size as can be: a part of another size is another program.
+    Where `at_once` allows it, all parts but the last fill the devices."""
+    unit = devices if at_once >= devices else 1
+    units, at_most = -(-len(runs) // unit), at_once // unit
+    parts = -(-units // at_most)
+    sizes = [unit * (units // parts + (part < units % parts)) for part in range(parts)]
     stops = [0, *itertools.accumulate(sizes)]
     return [tuple(runs[start:stop]) for start, stop in itertools.pairwise(stops)]
 
@@ -179,8 +208,3 @@ def seconds_per_step(experiments: Sequence[Experiment], inputs: Inputs, steps: i
         jax.block_until_ready(metrics)
         taken.append(time.perf_counter() - start)
     return compiling, min(taken)
-
-
-def _with_mixture(experiment: Experiment, study: Study) -> Experiment:
-    assert study.prior is not None
-    return replace(experiment, data=replace(experiment.data, mixture=study.prior))

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,12 @@ from eurollm_jax.ablation.prepared import PreparedStudy, ensembles, prepare, sec
 from eurollm_jax.ablation.proposal import Problem
 from eurollm_jax.ablation.report.page import write_report
 from eurollm_jax.ablation.study import Study
-from eurollm_jax.ablation.table import Replica, write_results
+from eurollm_jax.ablation.table import Phase, Replica
+from eurollm_jax.ablation.trained import Trained
 from eurollm_jax.corpus.folders import write_json
 from eurollm_jax.data.loader import differences
 from eurollm_jax.errors import UserError
-from eurollm_jax.evaluation.perplexity import bits_per_byte
-from eurollm_jax.experiment import Experiment, encode, environment, fingerprint, identity
-from eurollm_jax.training.ensemble import Measurement, train_ensemble
+from eurollm_jax.experiment import Experiment, encode, environment, fingerprint
 from eurollm_jax.training.lock import locked
 
 log = logging.getLogger(__name__)
@@ -46,11 +45,7 @@ def describe(study: Study, question: str, *, timed: bool = True) -> dict[str, An
     """What the study will do and cost, as it will stand in study.json. With `timed`, a few steps of one ensemble are
     trained here to know how long all will take."""
     prepared = prepare(study)
-    expected = None
-    if timed:
-        members = [experiment for _, experiment in ensembles(prepared.proxies, study.at_once)[0]]
-        expected = seconds_per_step(members, prepared.inputs), len(members)
-    return _described(prepared, question, expected)
+    return _described(prepared, question, _expected(prepared) if timed else {})
 
 
 def ablate(study: Study, question: str, *, time_limit: float | None = None, began: float | None = None) -> Path:
@@ -61,19 +56,18 @@ def ablate(study: Study, question: str, *, time_limit: float | None = None, bega
     """
     began = time.perf_counter() if began is None else began
     prepared = prepare(study)
-    folder = _claimed(prepared, question)
+    folder = study.folder
+    ours = (folder / "study.json").exists() or (folder / "proxies").exists()
+    if not ours and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no study.json: choose another name, or move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        runs = _Runs(prepared, folder, question, time_limit, began)
-        proxies = prepared.proxies
-        for number, part in enumerate(ensembles(proxies, study.at_once)):
-            first = sum(len(before) for before in ensembles(proxies, study.at_once)[:number]) + 1
-            log.info("proxies %d to %d of %d", first, first + len(part) - 1, len(proxies))
-            name = f"{first:02d}-{first + len(part) - 1:02d}"
-            replicas = [_replica(prepared, "proxy", arm.kind, experiment, arm.shares) for arm, experiment in part]
-            runs.train("proxies", name, replicas, [experiment for _, experiment in part])
-        runs.write_table()
-        finding = analyse(_observed(prepared, runs), _problem(prepared), study.analysis)
-        write_json(folder / "findings.json", finding.to_json())
+        _claim(prepared, question)
+        runs = Trained(prepared, folder, question, time_limit, began)
+        proxies = [(_told(prepared, "proxy", arm.kind, arm.shares, run), run) for arm, run in prepared.proxies]
+        runs.train("proxy", "proxies", proxies)
+        runs.require_time()
+        finding = _found(prepared, runs)
         write_outputs(
             folder,
             prepared.space.mixture(_proposal(finding)),
@@ -83,104 +77,76 @@ def ablate(study: Study, question: str, *, time_limit: float | None = None, bega
             fingerprint=prepared.fingerprint,
             declined=() if finding.recommended else finding.reasons,
         )
+        failed = None
         if study.confirmation is not None and (finding.recommended or study.confirmation.when_declined):
-            _confirm(prepared, runs, finding)
-            runs.write_table()
+            failed = _confirm(prepared, runs, finding)
         else:
             (folder / "confirmation.json").unlink(missing_ok=True)
         write_report(folder)
+    if failed:
+        raise UserError(failed)
     return folder
 
 
-@dataclass
-class _Runs:
-    """What the study trains, and what was measured of it."""
+def _claim(prepared: PreparedStudy, question: str) -> None:
+    """Writes study.json, or brings it up to date; UserError where the folder has another study's proxies.
 
-    prepared: PreparedStudy
-    folder: Path
-    question: str
-    time_limit: float | None
-    began: float
-    measured: list[tuple[Replica, Sequence[Measurement]]] = field(default_factory=list)
-
-    def train(self, cost: str, name: str, replicas: Sequence[Replica], experiments: Sequence[Experiment]) -> None:
-        """Trains one ensemble, and adds its time to the study's cost."""
-        start = time.perf_counter()
-        try:
-            found = train_ensemble(
-                experiments,
-                self.folder / cost / name,
-                question=self.question,
-                time_limit=self.time_limit,
-                began=self.began,
-            )
-        finally:
-            with suppress(OSError):  # which would take the place of the error
-                self._add_seconds(cost, time.perf_counter() - start)
-        by_member: dict[str, list[Measurement]] = {replica.name: [] for replica in replicas}
-        for one in found:
-            by_member[one.member].append(one)
-        self.measured += [(replica, by_member[replica.name]) for replica in replicas]
-
-    def sound(self, phase: str) -> dict[str, np.ndarray]:
-        """Final bits per byte by language of each run that did not diverge."""
-        return {
-            replica.name: _final(self.prepared, measured)
-            for replica, measured in self.measured
-            if replica.phase == phase and not any(one.diverged for one in measured)
-        }
-
-    def write_table(self) -> None:
-        sources = self.prepared.inputs.heldout.store.sources
-        languages = {name: source.language for name, source in sources.items()}
-        write_results(
-            self.folder / "results.parquet",
-            self.prepared.study.name,
-            self.prepared.fingerprint,
-            self.measured,
-            languages,
-        )
-
-    def _add_seconds(self, cost: str, seconds: float) -> None:
-        record = json.loads((self.folder / "study.json").read_text())
-        kind = record["cost"][cost]
-        kind["seconds"] = (kind["seconds"] or 0.0) + seconds
-        write_json(self.folder / "study.json", record)
-
-
-def _claimed(prepared: PreparedStudy, question: str) -> Path:
-    """The study's folder, made or recognised; UserError where another study has it."""
-    folder, mine = prepared.study.folder, prepared.identity()
+    More draws, another analysis and another confirmation are welcome: what is trained stays.
+    """
+    folder, mine = prepared.study.folder, json.loads(json.dumps(prepared.identity()))
     path = folder / "study.json"
-    if path.is_file():
-        found = json.loads(path.read_text())
-        if differing := differences(found["identity"], json.loads(json.dumps(mine))):
-            raise UserError(
-                f"{folder} holds another study ({'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}): "
-                "give this one another name, or move that folder away."
-            )
-        return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no study.json: choose another name, or move it away.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**_described(prepared, question, None), "identity": mine})
-    return folder
+    described = {**_described(prepared, question, {}), "identity": mine}
+    if not path.is_file():
+        write_json(path, described)
+        return
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        theirs, cost = recorded["identity"], recorded["cost"]
+        described["created"] = recorded["created"]
+        for kind in ("proxies", "confirmation"):
+            if described["cost"][kind] is not None and cost[kind] is not None:
+                described["cost"][kind]["seconds"] = cost[kind]["seconds"]
+        same_arms = {name: mine["arms"].get(name) for name in theirs["arms"]}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is damaged: remove that one file, and the same command makes it again and goes on with what is "
+            "trained."
+        ) from None
+    rest = {name: value for name, value in mine.items() if name != "arms"}
+    if differing := differences({**theirs, "arms": None}, {**rest, "arms": None}) or differences(
+        theirs["arms"], same_arms, "arms"
+    ):
+        raise UserError(
+            f"{folder} holds another study ({'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}): "
+            "give this one another name, or move that folder away."
+        )
+    write_json(path, described)
 
 
-def _described(
-    prepared: PreparedStudy, question: str, expected: tuple[tuple[float, float], int] | None
-) -> dict[str, Any]:
+def _expected(prepared: PreparedStudy) -> dict[str, tuple[float, str]]:
+    """Seconds that each phase will take, and how that is known."""
+    phases = {"proxies": (prepared.inputs, [experiment for _, experiment in prepared.proxies])}
+    if prepared.larger is not None:
+        seeds = prepared.confirming("prior", prepared.space.prior.tolist())
+        phases["confirmation"] = prepared.larger, seeds * (prepared.costs["confirmation"].runs // len(seeds))
+    found = {}
+    for name, (inputs, experiments) in phases.items():
+        parts = ensembles(experiments, prepared.study.at_once, jax.local_device_count())
+        compiling, step = seconds_per_step(parts[0], inputs)
+        found[name] = (
+            len(parts) * (compiling + experiments[0].steps * step),
+            f"{len(parts[0])} at once, timed here: {step:.2f} s a step, {compiling:.0f} s to compile; without held-out "
+            "text",
+        )
+    return found
+
+
+def _described(prepared: PreparedStudy, question: str, expected: Mapping[str, tuple[float, str]]) -> dict[str, Any]:
     study, space = prepared.study, prepared.space
     costs: dict[str, Any] = {"confirmation": None}
     for name, cost in prepared.costs.items():
-        costs[name] = {**cost.to_json(), "expected_seconds": None, "rate": "", "seconds": None}
-    if expected is not None:
-        (compiling, step), members = expected
-        parts = len(ensembles(prepared.proxies, study.at_once))
-        costs["proxies"]["expected_seconds"] = parts * (compiling + study.proxy.steps * step)
-        costs["proxies"]["rate"] = (
-            f"{members} at once, timed here: {step:.2f} s a step, {compiling:.0f} s to compile; without held-out text"
-        )
+        seconds, rate = expected.get(name, (None, ""))
+        costs[name] = {**cost.to_json(), "expected_seconds": seconds, "rate": rate, "seconds": None}
     return {
         "name": study.name,
         "question": question,
@@ -212,47 +178,27 @@ def _described(
     }
 
 
-def _replica(
-    prepared: PreparedStudy, phase: Any, kind: str, experiment: Experiment, shares: Sequence[float]
-) -> Replica:
-    return Replica(
-        phase,
-        experiment.name,
-        kind,
-        experiment.seed,
-        fingerprint(identity(experiment, prepared.hashes)),
-        _by(prepared.space.groups, shares),
-    )
+def _told(prepared: PreparedStudy, phase: Phase, kind: str, shares: Sequence[float], run: Experiment) -> Replica:
+    """What the table says of a run."""
+    by_group = _by(prepared.space.groups, shares)
+    return Replica(phase, run.name, kind, run.seed, prepared.fingerprint_of(phase, run), by_group)
 
 
-def _observed(prepared: PreparedStudy, runs: _Runs) -> Observations:
-    losses = runs.sound("proxy")
+def _observed(prepared: PreparedStudy, runs: Trained) -> Observations:
+    losses = runs.final("proxy")
     shares = {arm.name: arm.shares for arm in prepared.arms}
     if not losses:
         raise UserError(
             f"study {prepared.study.name!r}: all {len(shares)} proxies diverged: lower the proxy's learning rate."
         )
+    if missing := len(shares) - len(losses):
+        log.warning("%d OF %d PROXIES HAVE DIVERGED and are left out of all that follows", missing, len(shares))
     return Observations(
         groups=prepared.space.groups,
         languages=prepared.space.languages,
         shares=np.array([shares[name] for name in losses]),
         losses=np.stack(list(losses.values())),
         names=tuple(losses),
-    )
-
-
-def _final(prepared: PreparedStudy, measured: Sequence[Measurement]) -> np.ndarray:
-    """Bits per byte by language over all held-out text after the last step."""
-    (last,) = (one for one in measured if one.complete)
-    languages = prepared.inputs.heldout.languages
-    return np.array(
-        [
-            bits_per_byte(
-                sum(last.nats[source.name] for source in languages[code]),
-                sum(last.bytes[source.name] for source in languages[code]),
-            )
-            for code in prepared.space.languages
-        ]
     )
 
 
@@ -269,12 +215,39 @@ def _problem(prepared: PreparedStudy) -> Problem:
     )
 
 
+def _found(prepared: PreparedStudy, runs: Trained) -> Finding:
+    """What the proxies show. What was found of the same stays, though another machine would find other last digits: a
+    confirmation may have begun with its proposal."""
+    path = runs.folder / "findings.json"
+    observed, problem, settings = _observed(prepared, runs), _problem(prepared), prepared.study.analysis
+    made_of = fingerprint({"observed": _lists(observed), "problem": _lists(problem), "analysis": encode(settings)})
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is missing or damaged: made again
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["made_of"] == made_of:
+            return Finding.from_json(found)
+    finding = analyse(observed, problem, settings)
+    write_json(path, {**finding.to_json(), "made_of": made_of})
+    return finding
+
+
+def _lists(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass of arrays and mappings of arrays, as JSON-able values."""
+
+    def plain(field: Any) -> Any:
+        if isinstance(field, Mapping):
+            return {name: plain(part) for name, part in field.items()}
+        return field.tolist() if isinstance(field, np.ndarray) else field
+
+    return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+
+
 def _proposal(finding: Finding) -> list[float]:
     return [share.value for share in finding.proposal.values()]
 
 
-def _confirm(prepared: PreparedStudy, runs: _Runs, finding: Finding) -> None:
-    """Trains prior, proposal and what else is asked for at the larger size, and says whether the prediction held."""
+def _confirm(prepared: PreparedStudy, runs: Trained, finding: Finding) -> str:
+    """Trains prior, proposal and what else is asked for at the larger size, and says whether the prediction held; what
+    went wrong, if it did."""
     confirmation, space = prepared.study.confirmation, prepared.space
     assert confirmation is not None
     tokens = tokens_of_the_run(prepared.study)
@@ -283,33 +256,37 @@ def _confirm(prepared: PreparedStudy, runs: _Runs, finding: Finding) -> None:
         "proposal": _proposal(finding),
         **{name: space.baseline(name, tokens).tolist() for name in confirmation.baselines},
     }
-    experiments, replicas = [], []
-    for name, shares in arms.items():
-        for experiment in prepared.confirming(name, shares):
-            experiments.append(experiment)
-            replicas.append(_replica(prepared, "confirmation", name, experiment, shares))
-    of_arms = fingerprint({name: list(shares) for name, shares in arms.items()})[:8]
-    pairs = list(zip(replicas, experiments, strict=True))
-    for number, part in enumerate(ensembles(pairs, prepared.study.at_once), 1):
-        log.info("confirmation: %d of %d runs", len(part), len(pairs))
-        runs.train("confirmation", f"{of_arms}-{number}", *map(list, zip(*part, strict=True)))
-    losses = runs.sound("confirmation")
-    names = {arm: [experiment.name for experiment in prepared.confirming(arm, arms[arm])] for arm in arms}
-    whole = [seed for seed in range(confirmation.seeds) if all(of_arm[seed] in losses for of_arm in names.values())]
-    if not whole:
-        raise UserError(
-            f"study {prepared.study.name!r}: in every seed of the confirmation a run diverged: lower its learning rate."
-        )
-    table = {arm: np.stack([losses[of_arm[seed]] for seed in whole]) for arm, of_arm in names.items()}
-    foretold = (finding.gain.value, finding.gain.low, finding.gain.high)
-    said = verdict(Arms(space.languages, space.weights, table), foretold, prepared.study.analysis.confidence)
-    diverged = {
-        replica.name: next(one.diverged for one in measured if one.diverged)
-        for replica, measured in runs.measured
-        if replica.phase == "confirmation" and replica.name not in losses
+    members = {name: prepared.confirming(name, shares) for name, shares in arms.items()}
+    of_pair = [prepared.fingerprint_of("confirmation", members[name][0]) for name in ("prior", "proposal")]
+    runs.train(
+        "confirmation",
+        f"confirmation/{fingerprint({'pair': of_pair})[:8]}",  # what another proposal has begun stays beside it
+        [
+            (_told(prepared, "confirmation", name, shares, run), run)
+            for name, shares in arms.items()
+            for run in members[name]
+        ],
+    )
+    final = runs.final("confirmation")
+    losses = {
+        arm: {seed: final[one.name] for seed, one in enumerate(of_arm) if one.name in final}
+        for arm, of_arm in members.items()
     }
-    told = {"shares": {name: _by(space.groups, shares) for name, shares in arms.items()}, "diverged": diverged}
-    write_json(runs.folder / "confirmation.json", {**said, **told})
+    path = runs.folder / "confirmation.json"
+    if not losses["prior"].keys() & losses["proposal"].keys():
+        path.unlink(missing_ok=True)
+        return (
+            f"study {prepared.study.name!r}: in every seed of the confirmation the prior's run or the proposal's "
+            "diverged, so nothing is confirmed: lower the rate of its experiment, and the same command trains it again."
+        )
+    foretold = (finding.gain.value, finding.gain.low, finding.gain.high)
+    said = verdict(Arms(space.languages, space.weights, losses), foretold, prepared.study.analysis.confidence)
+    told = {
+        "shares": {name: _by(space.groups, shares) for name, shares in arms.items()},
+        "diverged": runs.diverged("confirmation"),
+    }
+    write_json(path, {**said, **told})
+    return ""
 
 
 def _total_rows(prepared: PreparedStudy) -> int:

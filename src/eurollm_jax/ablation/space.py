@@ -119,6 +119,7 @@ def _build_space(study: Study, sizes: Mapping[str, SourceSize], languages: tuple
         raise UserError(f"constraints: max_epochs={max_epochs} must be above 0")
     epochs = [] if max_epochs is None else epoch_bounds(within, sizes, max_epochs, tokens)
     lower, upper = share_bounds(study.constraints, tuple(members), prior, epochs)
+    _tell_of_unmatched(members, within, sizes, languages, weights := _weights(study.targets, languages))
     holds = [
         [sum(q for name, q in part.items() if sizes[name].language == code) for part in within] for code in languages
     ]
@@ -130,22 +131,22 @@ def _build_space(study: Study, sizes: Mapping[str, SourceSize], languages: tuple
         upper,
         sizes,
         languages,
-        _weights(study.targets, languages),
+        weights,
         np.array(holds, np.float64).reshape(len(languages), len(members)),
         max_epochs,
     )
 
 
 def _target_tokens(study: Study) -> float:
-    """Of the run that the mixture is for; 0 for a proxy's."""
-    if study.constraints.tokens is not None:
-        if study.constraints.tokens < 1:
-            raise UserError(f"constraints: tokens={study.constraints.tokens} must be 1 or more")
-        return study.constraints.tokens
-    if study.confirmation is not None:
-        larger = study.confirmation.experiment
-        return larger.total_rows * larger.data.sequence_length
-    return 0.0
+    """The most that a run may read whose mixture comes from the study: the one that is meant, or the confirmation; 0
+    where there is neither."""
+    meant = study.constraints.tokens
+    if meant is not None and meant < 1:
+        raise UserError(f"constraints: tokens={meant} must be 1 or more")
+    if study.confirmation is None:
+        return meant or 0.0
+    larger = study.confirmation.experiment
+    return max(meant or 0.0, larger.total_rows * larger.data.sequence_length)
 
 
 def _members(
@@ -201,6 +202,31 @@ def _prior(
             )
     sums = [math.fsum(part.values()) for part in within]
     return tuple({n: q / total for n, q in part.items()} for part, total in zip(within, sums, strict=True)), prior
+
+
+def _tell_of_unmatched(
+    groups: Iterable[str],
+    within: Sequence[Mapping[str, float]],
+    sizes: Mapping[str, SourceSize],
+    languages: Sequence[str],
+    weights: Float[np.ndarray, "L"],
+) -> None:
+    """In the log: what is trained on and not measured, and what the target counts and no group has."""
+    unmeasured = {
+        group: sorted({sizes[name].language or repr(name) for name in part if sizes[name].language not in languages})
+        for group, part in zip(groups, within, strict=True)
+    }
+    if named := [f"{', '.join(found)} of {group}" for group, found in unmeasured.items() if found]:
+        log.warning(
+            "languages without held-out text, so the target does not count what is learnt of them: %s", "; ".join(named)
+        )
+    read = {sizes[name].language for part in within for name in part}
+    counted = [code for code, weight in zip(languages, weights, strict=True) if weight > 0]
+    if unread := [code for code in counted if code not in read]:
+        log.warning(
+            "languages that the target counts (%.0f%% of its weight) and that no group trains on: %s",
+            100 * sum(weights[languages.index(code)] for code in unread), ", ".join(unread),
+        )  # fmt: skip
 
 
 def _with_language(name: str, sizes: Mapping[str, SourceSize]) -> str:

@@ -121,18 +121,30 @@ def _sums(measured: "Measurement", names: Sequence[str]) -> dict[str, Any]:
     return {"bytes": size, "nats": nats if finite else None, "bits_per_byte": bits}
 
 
+def remedy(file: str) -> str:
+    """Of a damaged file of a study's folder, which follows from what was trained; that must stay."""
+    return f"remove {file}; `eurollm ablate` makes it again"
+
+
 def read_results(path: Path) -> pa.Table:
     """The table, dictionaries and all. Raises UserError where the file is none of ours."""
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise UserError(f"there is no {path}: `eurollm ablate` writes it as the runs of a study end.") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not Parquet ({str(error).splitlines()[0]}): run `eurollm ablate` again.") from None
+    except PermissionError:
+        raise
+    except (pa.ArrowException, OSError) as error:  # of a damaged page Arrow says OSError
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} is damaged or not Parquet ({why}): {remedy(path.name)}.") from None
     absent = [name for name in SCHEMA.names if name not in table.column_names]
     if absent:
-        raise UserError(f"{path} lacks the columns {', '.join(absent)}: run `eurollm ablate` again.")
-    return table.select(SCHEMA.names)
+        raise UserError(f"{path} lacks the columns {', '.join(absent)}: {remedy(path.name)}.")
+    table = table.select(SCHEMA.names)
+    other = [field.name for field in SCHEMA if table.schema.field(field.name).type != field.type]
+    if other:
+        raise UserError(f"{path} has columns of other types, {', '.join(other)}: {remedy(path.name)}.")
+    return table
 
 
 @dataclass(frozen=True)
@@ -147,9 +159,19 @@ class Curve:
     bits_per_byte: tuple[Mapping[str, float], ...]  # a language that was not finite is left out
 
     @property
+    def ended(self) -> bool:
+        return bool(self.complete) and self.complete[-1]
+
+    @property
     def final(self) -> Mapping[str, float]:
         """Of all held-out text at the end; empty where the run diverged or has not ended."""
-        return self.bits_per_byte[-1] if self.complete and self.complete[-1] and not self.diverged else {}
+        return self.bits_per_byte[-1] if self.ended and not self.diverged else {}
+
+    @property
+    def along(self) -> tuple[tuple[int, Mapping[str, float]], ...]:
+        """(tokens, bits per byte) along the run, all over one part of the held-out text."""
+        measured = zip(self.tokens, self.complete, self.bits_per_byte, strict=True)
+        return tuple((tokens, bits) for tokens, complete, bits in measured if not complete)
 
 
 def curves(table: pa.Table, phase: Phase) -> dict[str, Curve]:

@@ -31,8 +31,9 @@ def seconds(text: str) -> float:
 
 
 def _end_at_once(number: int, frame: object) -> NoReturn:
-    """While nothing is trained yet there is nothing to save, and nobody to wait for."""
-    said = f"eurollm: stopped by {signal.Signals(number).name} while nothing was trained; the same command begins again"
+    """While nothing is being trained all that was is saved, and there is nobody to wait for."""
+    name = signal.Signals(number).name
+    said = f"eurollm: stopped by {name} while nothing was being trained; the same command goes on"
     os.write(2, f"{said}\n".encode())
     os._exit(StoppedError.status)
 

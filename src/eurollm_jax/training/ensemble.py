@@ -41,6 +41,7 @@ from eurollm_jax.training.ensemble_measurements import (
     Measurement,
     add_measurements,
     drop_measurements,
+    is_finished,
     measure_members,
     read_measurements,
 )
@@ -110,7 +111,7 @@ def train_ensemble(
         inputs = open_ensemble(members)
         watchdog.phase("claiming the folder")
         claim_folder(folder, members, inputs, question)
-        if _is_finished(found := read_measurements(folder), members):
+        if is_finished(found := read_measurements(folder), [member.name for member in members]):
             log.info("%s is complete: all %d members are trained", folder, len(members))
             return found
         program = _program(members, inputs)
@@ -137,10 +138,6 @@ def train_ensemble(
                     note(folder, "end", how=f"{type(error).__name__}: {error}")
                 raise
     return read_measurements(folder)
-
-
-def _is_finished(found: Sequence[Measurement], members: Sequence[Experiment]) -> bool:
-    return {one.member for one in found if one.complete} == {member.name for member in members}
 
 
 def _program(members: Sequence[Experiment], inputs: EnsembleInputs) -> EnsembleProgram:
@@ -205,7 +202,7 @@ def _trained(
 ) -> tuple[TrainState, Tally]:
     """Opens what a stretch of training writes to and reads from, and trains to the last step."""
     sources = tuple(source.name for source in run.inputs.shared.heldout.sources)
-    tally = Tally(run.members, sources, progress["tally"])
+    tally = Tally(run.members, sources, run.inputs.reads, progress["tally"])
     done, row = progress["tally"]["step"], progress["row"]
     if done == run.shared.steps:
         return state, tally

@@ -2,22 +2,29 @@
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eurollm_jax.corpus.folders import read_json, write_json
+import numpy as np
+from jaxtyping import Float
+
+from eurollm_jax.corpus.folders import write_json
 from eurollm_jax.corpus.tokenizing.parity import parity_report
 from eurollm_jax.data.loader import Data, differences
 from eurollm_jax.data.shared_rows import SharedRows
 from eurollm_jax.errors import UserError
+from eurollm_jax.evaluation.perplexity import HeldOut
 from eurollm_jax.experiment import Experiment, encode, environment, fingerprint, identity
+from eurollm_jax.training.ensemble_measurements import is_finished, read_measurements
 from eurollm_jax.training.inputs import Inputs, open_inputs
 
 RECORD = "ensemble.json"
 OWN = ("name", "seed", "schedule")  # fields that members may differ in, beside the mixture of their data
-MEASURING = ("evaluate_every", "evaluate_rows")  # part of an ensemble's identity: its measurements are what it is for
+MEASURING = ("evaluate_every", "evaluate_rows")  # the same from an ensemble's begin to its end
+PARTS = {"members": list, "measuring": dict, "experiments": dict}  # of an ensemble's identity
 SPLIT = ("fsdp", "expert", "context", "tensor")  # axes of a mesh that parts of one model lie along
 
 
@@ -28,6 +35,7 @@ class EnsembleInputs:
     shared: Inputs  # `data` are those of the first member
     data: tuple[Data, ...]  # of each member
     rows: SharedRows
+    reads: Float[np.ndarray, "K S"]  # shares of each member's rows in the language of each held-out source
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -85,15 +93,24 @@ def open_ensemble(members: Sequence[Experiment]) -> EnsembleInputs:
         except UserError as error:
             raise UserError(f"member {member.name!r}: {error}") from None
         data.append(mixed)
-    return EnsembleInputs(shared, tuple(data), SharedRows(data))
+    reads = [_reads(of_member, members[0].total_rows, shared.heldout) for of_member in data]
+    return EnsembleInputs(shared, tuple(data), SharedRows(data), np.array(reads))
+
+
+def _reads(data: Data, total_rows: int, heldout: HeldOut) -> list[float]:
+    by_language: defaultdict[str, float] = defaultdict(float)
+    for planned in data.plan(total_rows):
+        by_language[data.sizes[planned.name].language] += planned.share
+    return [by_language[source.language] for source in heldout.sources]
 
 
 def claim_folder(folder: Path, members: Sequence[Experiment], inputs: EnsembleInputs, question: str) -> None:
-    """Makes the folder, or refuses one that holds another ensemble, naming the differences."""
+    """Makes the folder, or refuses one that holds another ensemble, naming the differences. One that is finished stays
+    as it was measured, however often that would be done now."""
     path = folder / RECORD
     mine = json.loads(json.dumps(_identity(members, inputs)))
     if path.exists():
-        _require_same(folder, read_json(path)["identity"], mine)
+        _require_same(folder, _saved_identity(folder), mine)
         return
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {RECORD}: choose another folder, or move it away.")
@@ -126,16 +143,42 @@ def _identity(members: Sequence[Experiment], inputs: EnsembleInputs) -> dict[str
     }
 
 
+def recorded_members(folder: Path) -> list[str]:
+    """The names of the members of the ensemble in a folder. Raises UserError where its record is damaged."""
+    return list(_saved_identity(folder)["members"])
+
+
+def _saved_identity(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        whole = all(isinstance(identity[name], kind) for name, kind in PARTS.items())
+        why = "" if whole else "it has no list of members, or not what they are"
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        raise UserError(f"{path} is damaged ({why}): restore it, or move that ensemble's folder away.")
+    found: dict[str, Any] = identity
+    return found
+
+
 def _require_same(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     if saved["members"] != mine["members"]:
         raise UserError(
             f"{folder} holds another ensemble (its members are {_listed(saved['members'])}, and not "
             f"{_listed(mine['members'])}): choose another folder, or move that one away."
         )
-    if found := differences(saved, mine):
+    saved_measuring, measuring = saved["measuring"], mine["measuring"]
+    if found := differences({**saved, "measuring": measuring}, mine):
         raise UserError(
             f"{folder} holds another ensemble ({'; '.join(found[:4])}{' ...' if len(found) > 4 else ''}): choose "
             "another folder, or move that one away."
+        )
+    if saved_measuring != measuring and not is_finished(read_measurements(folder), mine["members"]):
+        found = differences(saved_measuring, measuring)
+        raise UserError(
+            f"{folder} holds an ensemble under way, of which {'; '.join(found)}: set that back, or take another name "
+            "for the study, or another folder."
         )
 
 

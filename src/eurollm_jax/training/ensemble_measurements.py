@@ -60,6 +60,11 @@ def read_measurements(folder: Path) -> list[Measurement]:
     return found
 
 
+def is_finished(found: Sequence[Measurement], members: Sequence[str]) -> bool:
+    """Whether all members, by name, were measured on all text, which is done last."""
+    return {one.member for one in found if one.complete} == set(members)
+
+
 def drop_measurements(folder: Path, step: int) -> None:
     """Takes away what was measured after `step`, and what was measured at the end, which is done once more."""
     path = folder / MEASUREMENTS

@@ -1,11 +1,13 @@
 """What an ensemble knows of its members as they train: losses, tokens, and which of them have diverged, and when."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from eurollm_jax.evaluation.perplexity import bits_per_byte
 from eurollm_jax.experiment import Experiment
@@ -15,6 +17,15 @@ from eurollm_jax.training.step import StepMetrics
 
 log = logging.getLogger(__name__)
 
+BEYOND = 1.0
+"""Nats of a token, above those of a uniform guess over the vocabulary, beyond which a member that is warmed up has
+diverged. A fresh model costs half the variance of its logits more than the guess, so up to about 0.5 (0.45 of one of
+width 16); one that learns is soon below it. Held-out text counts in proportion to what the member reads of its
+language: of one that it does not read, a sound model may be surer in being wrong than a guess is."""
+
+FAR_BEYOND = 10.0
+"""Times the guess, over all held-out text, of a member that reads none of its languages."""
+
 REAL, WHOLE = ("loss", "nats"), ("bytes", "taken", "skipped", "tokens")  # sums of each member since the last record
 
 
@@ -23,10 +34,22 @@ class Tally:
     the last one is part of a checkpoint's progress: an ensemble that was stopped leaves the same records as another.
     """
 
-    def __init__(self, members: Sequence[Experiment], sources: Sequence[str], progress: Mapping[str, Any]) -> None:
-        """`sources` are those of held-out text, `progress` that of the checkpoint that training goes on from."""
+    def __init__(
+        self,
+        members: Sequence[Experiment],
+        sources: Sequence[str],
+        reads: Float[np.ndarray, "K S"],
+        progress: Mapping[str, Any],
+    ) -> None:
+        """`sources` are those of held-out text; `reads` are the shares of each member's rows in the language of each;
+        `progress` is that of the checkpoint that training goes on from."""
         first = members[0]
         self._names, self._sources = [member.name for member in members], tuple(sources)
+        none = ~reads.any(axis=1, keepdims=True)
+        self._guess = math.log(first.model.vocab_size)  # nats of a token
+        self._weights = np.where(none, 1.0, reads)
+        self._most = np.where(none[:, 0], FAR_BEYOND * self._guess, BEYOND + self._guess)
+        self._warmups = [member.schedule.warmup for member in members]
         self._skip, self._last, self._every = first.skip, first.steps, first.log_every
         self._permanent, self._row_of_step = first.has_permanent_checkpoint, first.batch_sizes.row_of_step
         self._step: int = progress["step"]  # until which all is taken in
@@ -130,6 +153,7 @@ class Tally:
         self.settle()
         for member in np.flatnonzero(~np.isfinite(sums.nats).all(1)).tolist():
             self._mark(member, f"by step {step} the loss on held-out text is not finite")
+        self._mark_useless(step, sums, complete=complete)
         found = []
         for member, name in enumerate(self._names):
             nats, tokens, byte_counts = (dict(zip(self._sources, of[member].tolist(), strict=True)) for of in sums)
@@ -137,3 +161,19 @@ class Tally:
             why = self._diverged[member]
             found.append(Measurement(name, step, rows, read, complete, why, nats, tokens, byte_counts))
         return found
+
+    def _mark_useless(self, step: int, sums: SourceSums, *, complete: bool) -> None:
+        """Marks members that predict held-out text worse than one that knows nothing, once they are warmed up."""
+        per_token, bytes_per_token = (of / np.maximum(sums.tokens, 1) for of in (sums.nats, sums.bytes))
+        total = self._weights.sum(axis=1)
+        cost = (self._weights * per_token).sum(axis=1) / total  # nats of a token
+        size = (self._weights * bytes_per_token).sum(axis=1) / total  # bytes of a token
+        for member in np.flatnonzero(cost > self._most).tolist():
+            if complete or step > self._warmups[member]:
+                found, guess = (nats / math.log(2) / size[member] for nats in (cost[member], self._guess))
+                shown = f"{found:,.0f}" if 100 < found < 1e9 else f"{found:.4g}"
+                self._mark(
+                    member,
+                    f"by step {step} held-out text costs {shown} bits per byte, more than a uniform guess would "
+                    f"({guess:.3g})",
+                )

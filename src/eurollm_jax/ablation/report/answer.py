@@ -7,6 +7,7 @@ from eurollm_jax.ablation.report.words import (
     DASH,
     confidence,
     figure,
+    paired_range,
     per_cent,
     power_of_ten,
     sentence,
@@ -66,10 +67,14 @@ def verdict_of(study: StudyFolder) -> tuple[str, str]:
 def answer(study: StudyFolder) -> str:
     """Why, in plain words: gain, moves, reasons, confirmation."""
     findings = study.findings
-    if findings is None:
-        ended, planned = len(study.objectives), len(study.study.arms)
+    ended, planned = study.ended, len(study.study.arms)
+    if findings is None and ended < planned:
         return f"{ended} of {planned} proxies have ended; the law is fitted when all have."
+    if findings is None:
+        return f"All {planned} proxies have ended; `eurollm ablate` goes on and fits the law."
     said = list(findings.reasons)
+    if study.proxies is not None and ended < planned:
+        said.insert(0, f"{ended} of {planned} proxies have ended; what follows is of {findings.runs} of them.")
     if findings.recommended and (moves := _moves(study, findings)):
         said.append(f"The largest moves: {moves}.")
     if findings.further and not findings.recommended:
@@ -114,8 +119,8 @@ def _rho_tile(study: StudyFolder) -> str:
         return _tile(name, DASH, "no law is fitted yet")
     score = findings.scores.get(findings.law)
     rho, r2 = (score.rho_heldout, score.r2_heldout) if score else (None, None)
-    needed = study.study.study.get("analysis", {}).get("min_rho")
-    bound = "" if needed is None else f"; a recommendation needs {needed:g}"
+    needed = study.declared("analysis", "min_rho")
+    bound = f"; a recommendation needs {needed:g}" if isinstance(needed, int | float) else ""
     return _tile(name, f"{figure(rho, 2)} <small>Spearman’s ρ</small>", f"R² {figure(r2, 2)}{bound}")
 
 
@@ -124,9 +129,8 @@ def _confirmation_tile(study: StudyFolder) -> str:
     if found is None:
         planned = study.study.cost.confirmation is not None
         return _tile(name, DASH, "not trained yet" if planned else "the study declares no confirmation")
-    seeds = len(found.arms["proposal"].objective) if "proposal" in found.arms else 0
-    gain = found.gain.interval
-    under = f"{seeds} pairs of seeds; {100 * found.confidence:g}{SPACE}% interval {signed_range(gain)}"
+    gain, between = found.gain.interval, f"{100 * found.confidence:g}{SPACE}% interval {paired_range(found)}"
+    under = paired_range(found) if found.pairs == 1 else f"{found.pairs} pairs of seeds; {between}"
     return _tile(name, f"{signed(gain.value)} <small>bits per byte</small>", under)
 
 
@@ -138,11 +142,12 @@ def _run_tiles(study: StudyFolder) -> str:
     left_out = f"; {bad} diverged and left out" if bad else ""
     flops = cost.proxies.flops + (cost.confirmation.flops if cost.confirmation else 0.0)
     taken = [part.seconds for part in (cost.proxies, cost.confirmation) if part and part.seconds is not None]
-    when = duration(math.fsum(taken)) if taken else "time not measured"
+    how = f"on {cost.devices}, of starts that ended in order"
+    when = f"{duration(math.fsum(taken))} {how}" if taken else f"time not measured on {cost.devices}"
     return (
         _tile("Proxies", f"{ended} <small>of {len(arms)}</small>", f"{runs}{left_out}")
         + _tile("Groups", str(len(study.study.groups)), f"{len(study.weights)} held-out languages")
-        + _tile("Cost", f"{power_of_ten(flops)} <small>FLOP</small>", f"{when} on {cost.devices}")
+        + _tile("Cost", f"{power_of_ten(flops)} <small>FLOP</small>", when)
     )
 
 
@@ -166,9 +171,9 @@ def caveats(study: StudyFolder) -> str:
         "Only the groups’ shares were moved. Within a group the sources keep the prior’s proportions, so nothing is "
         "said "
         "of those.",
-        "Intervals are for one figure each, from fits to the same runs with other noise: of many figures some lie "
-        "outside theirs, and an error of the law’s form is not in them. Outside the shares that were tried the law "
-        "guesses.",
+        "Intervals are for one figure each, from fits to the same runs with their noise drawn anew: of many figures "
+        "some lie outside theirs, and an error of the law’s form is not in them. Outside the shares that were tried "
+        "the law guesses.",
         "A cell of the transfer matrix says what a group’s tokens did to a language here, through a shared tokenizer "
         "and this "
         "store’s text. It is no statement about the languages themselves.",

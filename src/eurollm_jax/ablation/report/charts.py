@@ -25,6 +25,12 @@ class Point:
     y: float
 
 
+def ends_of(found: Iterable[Interval]) -> list[float]:
+    """All figures and ends that an axis is to hold; those that are not known are left out."""
+    ends = (end for interval in found for end in (*interval.ends, interval.value))
+    return [end for end in ends if math.isfinite(end)]
+
+
 def axis_head(axis: Axis) -> str:
     """The ticks of a chart that is a column of a table, for the column's head."""
     ticks = "".join(
@@ -62,7 +68,8 @@ def whisker(
     tick = "" if prior is None else _tick("prior", prior, axis, "14%", "86%")
     low, high = found.ends
     line = f'<line class="arm" x1="{_at(low, axis)}" x2="{_at(high, axis)}" y1="50%" y2="50%"/>' if found.known else ""
-    dot = f'<circle class="dot-mark" cx="{_at(found.value, axis)}" cy="50%" r="4.5"/>'
+    drawn = math.isfinite(found.value)
+    dot = f'<circle class="dot-mark" cx="{_at(found.value, axis)}" cy="50%" r="4.5"/>' if drawn else ""
     return (
         f'<svg class="whisker {css}" role="img" aria-label="{escape(label)}">{_grid(axis)}{band}{tick}{line}{dot}</svg>'
     )
@@ -121,16 +128,14 @@ def _inside(value: float, axis: Axis) -> float:
 
 def heat(found: Interval, strongest: float, words: str, label: str, *, own: bool) -> str:
     """A cell: colour as the root of the effect, so that not the strongest alone show; faint and without its figure
-    where the interval covers 0.
+    where the interval covers 0; empty where it is not known.
 
     `words` is the figure, `label` all that is to be said of it; `own` frames the cell.
     """
+    if not math.isfinite(found.value):
+        return f'<td class="heat{" own" if own else ""}" title="{escape(label)}"></td>'
     faint = found.covers_zero
-    part = (
-        FULLEST * math.sqrt(min(1.0, abs(found.value) / strongest))
-        if strongest > 0 and math.isfinite(found.value)
-        else 0.0
-    )
+    part = FULLEST * math.sqrt(min(1.0, abs(found.value) / strongest)) if strongest > 0 else 0.0
     css = " ".join(
         ["heat", "helps" if found.value < 0 else "harms", *(["faint"] if faint else []), *(["own"] if own else [])]
     )

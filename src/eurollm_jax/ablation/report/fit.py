@@ -2,7 +2,7 @@
 
 import math
 
-from eurollm_jax.ablation.report.charts import Point, axis_head, scatter, whisker
+from eurollm_jax.ablation.report.charts import Point, axis_head, ends_of, scatter, whisker
 from eurollm_jax.ablation.report.records import ConfirmationRecord, Findings, Interval, StudyFolder
 from eurollm_jax.ablation.report.words import (
     DASH,
@@ -10,6 +10,7 @@ from eurollm_jax.ablation.report.words import (
     missing,
     name_cell,
     number_cell,
+    paired_range,
     sentence,
     signed,
     signed_range,
@@ -95,6 +96,11 @@ def confirmation(study: StudyFolder) -> str:
         if study.study.cost.confirmation is None:
             none = '<p class="missing">The study declares no confirmation: nothing was trained again.</p>'
             return section("confirmation", title, none)
+        declined = study.findings is not None and not study.findings.recommended
+        if declined and study.declared("confirmation", "when_declined") is False:
+            none = "The study does not recommend its proposal, so nothing was trained again."
+            ask = "<code>when_declined=True</code> in its Confirmation asks for that all the same."
+            return section("confirmation", title, f'<p class="missing">{none} {ask}</p>')
         what = "Prior and proposal have not been trained again yet."
         return section("confirmation", title, missing(study, what, "confirmation.json"))
     return section(
@@ -117,8 +123,12 @@ def _foretold(found: ConfirmationRecord) -> str:
 
 
 def _gains(found: ConfirmationRecord) -> str:
-    rows = {"predicted, proxies": found.predicted_gain.interval, "observed, confirmation": found.gain.interval}
-    ends = [0.0, *(end for gain in rows.values() for end in (*gain.ends, gain.value))]
+    predicted, observed = found.predicted_gain.interval, found.gain.interval
+    rows = {
+        "predicted, proxies": (predicted, signed_range(predicted)),
+        "observed, confirmation": (observed, paired_range(found)),
+    }
+    ends = [0.0, *ends_of((predicted, observed))]
     pad = 0.06 * (max(ends) - min(ends)) or 0.01
     axis = nice_axis(min(ends) - pad, max(ends) + pad, tick, count=4)
     head = table_head(
@@ -132,8 +142,8 @@ def _gains(found: ConfirmationRecord) -> str:
     body = "".join(
         f"<tr>{name_cell(name)}<td "
         f"class='chart'>{whisker(gain, axis, f'{name}: {signed(gain.value)}', css=_css(gain))}</td>"
-        f"<td>{signed(gain.value)}</td><td class='wide'>{signed_range(gain)}</td></tr>"
-        for name, gain in rows.items()
+        f"<td>{signed(gain.value)}</td><td class='wide'>{between}</td></tr>"
+        for name, (gain, between) in rows.items()
     )
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
@@ -143,21 +153,19 @@ def _css(gain: Interval) -> str:
 
 
 def _arms(found: ConfirmationRecord) -> str:
-    seeds = max((len(arm.objective) for arm in found.arms.values()), default=0)
-    head = table_head(
-        [("mixture", "words", "up"), ("mean", "", "up"), *((f"pair {i + 1}", "", "up") for i in range(seeds))]
-    )
+    seeds = sorted({seed for name in found.arms for seed in found.seeds(name)})
+    head = table_head([("mixture", "words", "up"), ("mean", "", "up"), *((f"seed {seed}", "", "up") for seed in seeds)])
     rows = ""
     for name, arm in found.arms.items():
         mean = math.fsum(arm.objective) / len(arm.objective) if arm.objective else math.nan
-        padded = [*arm.objective, *[math.nan] * (seeds - len(arm.objective))]
-        cells = "".join(number_cell(value, figure(value)) for value in padded)
+        of_seed = dict(zip(found.seeds(name), arm.objective, strict=False))
+        cells = "".join(number_cell(of_seed.get(seed), figure(of_seed.get(seed))) for seed in seeds)
         first = number_cell(mean, f"<strong>{figure(mean)}</strong>")
         rows += f'<tr data-arm="{escape(name)}">{name_cell(name)}{first}{cells}</tr>'
-    note = "Bits per byte, weighted over the languages. The runs of a pair begin with the same weights."
+    note = "Bits per byte, weighted over the languages. Runs of one seed begin with the same weights, and are a pair."
     if found.diverged:
         named = "; ".join(f"{name} ({why})" for name, why in found.diverged.items())
-        note += f" Diverged, and left out with the others of their pair: {escape(named)}."
+        note += f" Diverged, so that their pair is not in the gain: {escape(named)}."
     return (
         '<h3>Run by run</h3><div class="scroll"><table class="sortable '
         f'narrow">{head}<tbody>{rows}</tbody></table></div>'

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eurollm_jax.ablation.report.charts import axis_head, heat, whisker
+from eurollm_jax.ablation.report.charts import axis_head, ends_of, heat, whisker
 from eurollm_jax.ablation.report.records import Findings, Interval, StudyFolder
 from eurollm_jax.ablation.report.words import (
     confidence,
@@ -41,24 +41,26 @@ def languages(study: StudyFolder) -> str:
     if findings is None:
         return section("languages", title, missing(study, "No law is fitted yet.", "findings.json"))
     best = sorted(study.objectives, key=lambda name: study.objectives[name])[:BEST]
-    ends = [0.0, *(end for found in findings.changes.values() for end in (*found.ends, found.value))]
+    ends = [0.0, *ends_of(findings.changes.values())]
     pad = 0.04 * (max(ends) - min(ends)) or 0.01
     axis = nice_axis(min(ends) - pad, max(ends) + pad, tick, count=3)
-    confirmed = [name for name in ("prior", "proposal") if study.confirmation and name in study.confirmation.arms]
+    of_prior = _prior_runs(study)
+    confirmed = list(study.confirmation.arms) if study.confirmation else []
     head = table_head(
         [
             ("language", "words", "up"),
             ("weight", "wide", "down"),
             (axis_head(axis), "chart", ""),
             ("change", "", "up"),
-            ("prior,<br>predicted", "wide", "up"),
+            (f"prior,<br>{'observed' if of_prior else 'predicted'}", "", "up"),
             ("proposal,<br>predicted", "", "up"),
             *((f"{escape(name)},<br>observed", "wide", "up") for name in best),
             *((f"{escape(name)},<br>confirmed", "wide", "up") for name in confirmed),
         ]
     )
-    rows = "".join(_language_row(study, findings, code, axis, best, confirmed) for code in counted(study))
-    shown = f"The proxies with the fewest bits are {' and '.join(best)}. " if best else ""
+    rows = "".join(_language_row(study, findings, code, axis, (of_prior, best, confirmed)) for code in counted(study))
+    shown = f"Prior, observed: the mean of {' and '.join(of_prior)}. " if len(of_prior) > 1 else ""
+    shown += f"The proxies with the fewest bits are {' and '.join(best)}. " if best else ""
     return section(
         "languages",
         title,
@@ -84,9 +86,24 @@ def _tally(findings: Findings, confidence: str) -> str:
     )
 
 
+def _prior_runs(study: StudyFolder) -> list[str]:
+    """The proxies of the prior that ended soundly."""
+    return [arm.name for arm in study.study.arms if arm.kind == "prior" and arm.name in study.objectives]
+
+
+def _mean(study: StudyFolder, runs: Sequence[str], code: str) -> float:
+    values = [(study.proxies or {})[run].final.get(code, math.nan) for run in runs]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
 def _language_row(
-    study: StudyFolder, findings: Findings, code: str, axis: Axis, best: list[str], confirmed: Sequence[str]
+    study: StudyFolder,
+    findings: Findings,
+    code: str,
+    axis: Axis,
+    arms: tuple[Sequence[str], Sequence[str], Sequence[str]],  # runs of the prior, best runs, and the confirmation's
 ) -> str:
+    of_prior, best, confirmed = arms
     prior, proposal = (at.get(code) for at in (findings.predicted.prior, findings.predicted.proposal))
     change = findings.changes.get(code, Interval(math.nan, None, None))
     name = language_name(code)
@@ -95,7 +112,7 @@ def _language_row(
     marks = {"": "quiet-mark", "better": "", "worse": "worse-mark"}[clear]
     cells = ""
     for run in best:
-        value = (study.proxies or {})[run].final.get(code, math.nan)
+        value = _mean(study, [run], code)
         cells += number_cell(value, figure(value, 3), "wide")
     for arm in confirmed:
         value = study.confirmation.arms[arm].mean(code) if study.confirmation else math.nan
@@ -104,17 +121,19 @@ def _language_row(
         f'<tr data-language="{escape(code)}">{name_cell(name, code)}'
         f"{number_cell(study.weights[code], share(study.weights[code]), 'wide')}"
         f'<td class="chart">{whisker(change, axis, label, css=marks)}</td>'
-        f"{number_cell(change.value, signed(change.value), clear)}{_predicted(prior, 'wide')}{_predicted(proposal, '')}"
-        f"{cells}</tr>"
+        f"{number_cell(change.value, signed(change.value), clear)}"
+        f"{_predicted(prior, _mean(study, of_prior, code))}{_predicted(proposal)}{cells}</tr>"
     )
 
 
-def _predicted(found: Interval | None, css: str) -> str:
-    if found is None:
-        return number_cell(None, figure(None), css)
+def _predicted(found: Interval | None, observed: float = math.nan) -> str:
+    """A cell with what was observed, if it was, and else what is predicted; the prediction's interval as its title."""
+    found = found or Interval(math.nan, None, None)
     low, high = found.ends
-    words = f'<span title="{figure(low, 3)} to {figure(high, 3)}">{figure(found.value, 3)}</span>'
-    return number_cell(found.value, words, css)
+    value, title = found.value, f"{figure(low, 3)} to {figure(high, 3)}"
+    if math.isfinite(observed):
+        value, title = observed, f"predicted {figure(found.value, 3)}, {title}"
+    return number_cell(value, f'<span title="{title}">{figure(value, 3)}</span>')
 
 
 def transfer(study: StudyFolder) -> str:
@@ -132,7 +151,7 @@ def transfer(study: StudyFolder) -> str:
         for code in sorted(found, key=lambda code: (family(code), language_name(code)))
     )
     clear = sum(not cell.covers_zero for row in found.values() for cell in row.values())
-    cells = sum(len(row) for row in found.values())
+    cells = sum(cell.known for row in found.values() for cell in row.values())
     by_chance = (1 - findings.confidence) * cells
     own_only = (
         ""
@@ -156,27 +175,38 @@ def transfer(study: StudyFolder) -> str:
 
 def _hardly_tried(study: StudyFolder) -> str:
     """Of groups whose shares differ by less than the percentage point that the figures are for."""
-    tried = {group: [arm.shares.get(group, 0.0) for arm in study.study.arms] for group in study.study.groups}
-    narrow = [group for group, shares in tried.items() if max(shares, default=0) - min(shares, default=0) < 0.01]
-    if not narrow:
-        return ""
-    return (
-        f"The shares of {', '.join(narrow)} that were tried lie less than a point apart: there the figures say what a "
-        "point would do if the law held so far."
-    )
+    still = [group for group in study.study.groups if _spread(study, group) < 1e-9]
+    said = [f"Nothing is known of {', '.join(still)}, whose shares do not move."] if still else []
+    narrow = [group for group in study.study.groups if 1e-9 <= _spread(study, group) < 0.01]
+    if narrow:
+        said.append(
+            f"The shares of {', '.join(narrow)} that were tried lie less than a point apart: there the figures say "
+            "what a point would do if the law held so far."
+        )
+    return " ".join(said)
+
+
+def _spread(study: StudyFolder, group: str) -> float:
+    """Between the least and the largest share of the group that was tried."""
+    shares = [arm.shares.get(group, 0.0) for arm in study.study.arms] or [0.0]
+    return max(shares) - min(shares)
+
+
+def _effect(found: Interval) -> str:
+    """All that is to be said of a cell. Of a group that does not move the law knows nothing."""
+    if not math.isfinite(found.value):
+        return "does not move"
+    low, high = found.ends
+    milli = Interval(UNIT * found.value, UNIT * low, UNIT * high) if found.known else found
+    shown = signed(UNIT * found.value, 2)
+    return f"{shown}{SPACE}/{SPACE}1000 bits per byte a point, interval {signed_range(milli, 2)}"
 
 
 def _transfer_row(study: StudyFolder, code: str, row: dict[str, Interval], groups: list[str], strongest: float) -> str:
     cells = ""
     for group in groups:
         found = row.get(group, Interval(math.nan, None, None))
-        low, high = found.ends
-        milli = Interval(UNIT * found.value, UNIT * low, UNIT * high) if found.known else found
-        label = (
-            f"{group} → {language_name(code)}: {signed(UNIT * found.value, 2)}{SPACE}/{SPACE}1000 bits per byte a "
-            "point, "
-            f"interval {signed_range(milli, 2)}"
-        )
+        label = f"{group} → {language_name(code)}: {_effect(found)}"
         own = study.study.holds.get(code, {}).get(group, 0.0) > 0
         cells += heat(found, strongest, signed(UNIT * found.value, 1), label, own=own)
     return f'<tr data-transfer="{escape(code)}">{name_cell(language_name(code), code)}{cells}</tr>'

@@ -5,24 +5,27 @@ Whoever writes the files may add fields; one that is missing or of another type 
 field. A number that is not known is null.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eurollm_jax.ablation.table import Curve, curves, read_results, weighted
-from eurollm_jax.corpus.folders import read_json
+from eurollm_jax.ablation.table import Curve, curves, read_results, remedy, weighted
 from eurollm_jax.errors import UserError
 from eurollm_jax.evaluation.report.records import parse
 
 FILES = ("study.json", "results.parquet", "findings.json", "confirmation.json", "mixture.py", "datamix.txt")
+BACKUP = "restore it from a backup, or remove that one file, and `eurollm ablate` makes it again"  # of study.json
+UNKNOWN = ("value", "predicted", "observed")  # fields of findings.json in which null stands for a number: NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A figure and the ends of its interval, of the study's confidence."""
 
-    value: float
+    value: float  # NaN where it is not known
     low: float | None
     high: float | None
 
@@ -65,7 +68,7 @@ class CostRecord:
     flops: float  # of all runs
     expected_seconds: float | None
     rate: str  # how that is known
-    seconds: float | None  # measured, of all starts; null before
+    seconds: float | None  # measured, of the starts that ended in order; null before
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,22 @@ class MeanInterval:
 
 
 @dataclass(frozen=True, slots=True)
+class PairedGain:
+    """Over pairs of runs that begin with the same weights."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    of_seeds: list[float]
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.mean, self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
-    """The runs of one mixture in the confirmation, seed by seed."""
+    """The runs of one mixture in the confirmation that did not diverge, by seed."""
 
     objective: list[float]  # weighted bits per byte
     bits_per_byte: dict[str, list[float]]  # by held-out language
@@ -189,10 +206,21 @@ class ConfirmationRecord:
     held: str  # "yes", "no" or "undecided"
     sentence: str
     confidence: float
-    gain: MeanInterval
+    gain: PairedGain
     predicted_gain: MeanInterval
     arms: dict[str, Observed]  # "prior", "proposal" and baselines
     diverged: dict[str, str]  # why, by run
+
+    @property
+    def pairs(self) -> int:
+        """Seeds of which the prior's run and the proposal's are both sound."""
+        return len(self.gain.of_seeds)
+
+    def seeds(self, arm: str) -> list[int]:
+        """Of the runs of a mixture that did not diverge: those of `Observed`."""
+        begins = f"{arm.replace(' ', '-')}-seed-"
+        lost = {run.removeprefix(begins) for run in self.diverged if run.startswith(begins)}
+        return [seed for seed in range(len(self.arms[arm].objective) + len(lost)) if str(seed) not in lost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +240,15 @@ class StudyFolder:
     def weights(self) -> dict[str, float]:
         """Of the held-out languages."""
         return self.study.targets
+
+    @property
+    def ended(self) -> int:
+        """Proxies that were trained to their end, soundly or not."""
+        return sum(curve.ended for curve in (self.proxies or {}).values())
+
+    def declared(self, *names: str) -> Any:
+        """A field of the study's own declaration; None where it has none."""
+        return field_of(self.study.study, *names)
 
     @property
     def objectives(self) -> dict[str, float]:
@@ -235,37 +272,75 @@ def read_study(folder: Path) -> StudyFolder:
         raise UserError(
             f"{folder} is not the folder of a study, it has no study.json: name one that `eurollm ablate` made."
         )
-    study: StudyRecord = _read(folder / "study.json", StudyRecord)
-    findings: Findings | None = _read(folder / "findings.json", Findings)
+    written = _json(folder / "study.json", BACKUP)
+    study: StudyRecord = _parsed(written, StudyRecord, folder / "study.json", BACKUP)
+    findings: Findings | None = _optional(folder / "findings.json", Findings)
     results = read_results(folder / "results.parquet") if (folder / "results.parquet").is_file() else None
     if results is not None:
         made_by = (results.schema.metadata or {}).get(b"fingerprint", b"").decode()
         if made_by != study.fingerprint:
             raise UserError(
                 f"{folder / 'results.parquet'} is of the study {made_by[:12] or 'without a fingerprint'}, study.json "
-                "of "
-                f"{study.fingerprint[:12]}: run `eurollm ablate` again, which writes the table anew."
+                f"of {study.fingerprint[:12]}: run `eurollm ablate` again, which writes the table anew."
             )
     if findings is not None and list(findings.proposal) != list(study.groups):
         raise UserError(
             f"{folder / 'findings.json'} proposes shares of {', '.join(findings.proposal)}, and the groups of "
-            f"study.json are {', '.join(study.groups)}: remove it and run `eurollm ablate` again."
+            f"study.json are {', '.join(study.groups)}: {remedy('findings.json')}."
         )
     return StudyFolder(
         path=folder,
         study=study,
-        identity=read_json(folder / "study.json").get("identity", {}),
+        identity=_identity(written, folder / "study.json"),
         proxies=None if results is None else curves(results, "proxy"),
         findings=findings,
-        confirmation=_read(folder / "confirmation.json", ConfirmationRecord),
+        confirmation=_optional(folder / "confirmation.json", ConfirmationRecord),
         mixture=_text(folder / "mixture.py"),
         datamix=_text(folder / "datamix.txt"),
     )
 
 
-def _read(path: Path, schema: Any) -> Any:
-    return parse(read_json(path), schema, str(path)) if path.is_file() else None
+def field_of(found: Any, *names: str) -> Any:
+    """A field within objects of JSON; None where one of them is not there."""
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _identity(written: Any, path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = _parsed(written.get("identity", {}), dict[str, Any], path, BACKUP, "identity")
+    return found
+
+
+def _optional(path: Path, schema: Any) -> Any:
+    if not path.is_file():
+        return None
+    return _parsed(_with_nan(_json(path, remedy(path.name))), schema, path, remedy(path.name))
+
+
+def _parsed(value: Any, schema: Any, path: Path, mend: str, field: str = "") -> Any:
+    try:
+        return parse(value, schema, str(path), field)
+    except UserError as error:
+        what = str(error).rpartition(": ")[0]  # without what helps with files of a run
+        raise UserError(f"{what}: {mend}.") from None
+
+
+def _json(path: Path, mend: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {mend}.") from None
+
+
+def _with_nan(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {k: math.nan if v is None and k in UNKNOWN else _with_nan(v) for k, v in found.items()}
+    return [_with_nan(value) for value in found] if isinstance(found, list) else found
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}: {remedy(path.name)}.") from None

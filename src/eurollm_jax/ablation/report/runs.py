@@ -74,12 +74,14 @@ def _root_axis(top: float) -> Axis:
 def _strip_row(study: StudyFolder, group: str, axis: Axis) -> str:
     shares = [arm.shares.get(group, 0.0) for arm in study.study.arms]
     prior = study.study.groups[group].prior
-    proposed = study.findings.proposal[group].value if study.findings else None
+    proposed = study.findings.proposal[group].value if study.findings else math.nan
     low, high = min(shares, default=0.0), max(shares, default=0.0)
     zeros = sum(share == 0 for share in shares)
     label = f"{group}: {len(shares)} shares from {per_cent(low)} to {per_cent(high)}, prior {per_cent(prior)}"
     roots = [math.sqrt(share) for share in shares]
-    chart = strip(roots, math.sqrt(prior), None if proposed is None else math.sqrt(max(0.0, proposed)), axis, label)
+    chart = strip(
+        roots, math.sqrt(prior), math.sqrt(max(0.0, proposed)) if math.isfinite(proposed) else None, axis, label
+    )
     without = number_cell(zeros, str(zeros), "wide")
     return (
         f'<tr data-tried="{escape(group)}">{name_cell(group)}'
@@ -93,7 +95,8 @@ def _left_out(study: StudyFolder) -> str:
         return missing(study, "No proxy has been measured yet.", "results.parquet")
     bad = study.diverged
     if not bad:
-        return '<p class="note">No proxy diverged: all that ended are in the fit.</p>'
+        fitted = " so far" if study.findings is None else ": all that ended are in the fit"
+        return f'<p class="note">No proxy diverged{fitted}.</p>'
     listed = "".join(f"<li><code>{escape(name)}</code>: {escape(why)}</li>" for name, why in sorted(bad.items()))
     return (
         f'<div class="missing"><strong>{len(bad)} of {len(study.study.arms)} proxies diverged. They are in no fit '
@@ -103,12 +106,12 @@ def _left_out(study: StudyFolder) -> str:
 
 
 def _curves(study: StudyFolder) -> str:
-    """Weighted bits per byte of every proxy along its tokens."""
+    """Weighted bits per byte of every proxy along its tokens, over the part of the text that is read along the run."""
     found = {}
     for name, curve in (study.proxies or {}).items():
-        values = [weighted(bits, study.weights) for bits in curve.bits_per_byte]
+        values = [weighted(bits, study.weights) for _, bits in curve.along]
         if not curve.diverged and sum(math.isfinite(value) for value in values) > 1:
-            found[name] = (np.array(curve.tokens, float), np.array(values))
+            found[name] = (np.array([tokens for tokens, _ in curve.along], float), np.array(values))
     if not found:
         return ""
     kinds = {arm.name: arm.kind for arm in study.study.arms}
@@ -134,15 +137,15 @@ def _curves(study: StudyFolder) -> str:
     legend = (
         f'<div class="legend line-keys"><span>{key.format("raw")}each '
         f"proxy</span><span>{key.format('prior-line')}prior</span>"
-        f"<span>{key.format('model')}fewest bits at the end: {escape(best)}</span></div>"
+        + (f"<span>{key.format('model')}fewest bits at the end: {escape(best)}</span>" if best else "")
+        + "</div>"
     )
     return (
         "<h3>How the proxies learnt</h3>"
         f'{legend}<figure><p class="axis-title">Held-out bits per byte, weighted over the languages, by '
         f"tokens</p>{chart}"
-        "<figcaption>Measured along the run on a part of the held-out text, at the end on all of it, so that the "
-        "last stretch "
-        "of a curve can bend.</figcaption></figure>"
+        "<figcaption>Measured along the run on a part of the held-out text. All other figures are of the whole of it, "
+        "at the end.</figcaption></figure>"
     )
 
 
@@ -203,8 +206,8 @@ def cost(study: StudyFolder) -> str:
         "What it cost",
         f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>',
         '<p class="note">Tokens and FLOP are of all runs together, forward and backward, without the held-out text. '
-        "Time is "
-        "that of all starts, with compilation and evaluation.</p>",
+        "Time is that of the starts that ended in order, with compilation and evaluation; one that was killed is not "
+        "in it.</p>",
         f'<dl class="facts">{listed}</dl>',
     )
 

@@ -2,7 +2,7 @@
 
 import math
 
-from eurollm_jax.ablation.report.charts import axis_head, whisker
+from eurollm_jax.ablation.report.charts import axis_head, ends_of, whisker
 from eurollm_jax.ablation.report.records import BaselineRecord, Findings, StudyFolder
 from eurollm_jax.ablation.report.words import (
     DASH,
@@ -40,8 +40,7 @@ def proposal(study: StudyFolder) -> str:
     if findings is None:
         return section("proposal", title, missing(study, "No mixture is proposed yet.", "findings.json"))
     groups = study.study.groups
-    ends = [end for found in findings.proposal.values() for end in (*found.ends, found.value)]
-    top = max([*ends, *(record.prior for record in groups.values()), 1e-9])
+    top = max([*ends_of(findings.proposal.values()), *(record.prior for record in groups.values()), 1e-9])
     axis = nice_axis(0.0, min(1.0, 1.04 * top), _per_cent_tick, count=4)
     head = table_head(
         [
@@ -94,15 +93,19 @@ def _group_row(study: StudyFolder, findings: Findings, group: str, axis: Axis, b
 
 
 def _note(study: StudyFolder, findings: Findings) -> str:
+    groups = study.study.groups
+    fixed = [group for group, record in groups.items() if record.upper - record.lower < 1e-9]
     at_bound = [
         group
         for group, found in findings.proposal.items()
-        if found.value - study.study.groups[group].lower < 1e-4 or study.study.groups[group].upper - found.value < 1e-4
+        if group not in fixed and min(found.value - groups[group].lower, groups[group].upper - found.value) < 1e-4
     ]
     bound = f" At a bound: {', '.join(at_bound)}." if at_bound else ""
+    bound += f" Fixed: {', '.join(fixed)}." if fixed else ""
     return (
         f'<p class="note">Intervals: the proposals of {findings.bootstraps} fits to the same {findings.runs} runs with '
-        f"other noise (wild bootstrap); a share that changes the loss little has a wide one.{escape(bound)}</p>"
+        "their noise drawn anew (wild and residual bootstrap); a share that changes the loss little has a wide one."
+        f"{escape(bound)}</p>"
     )
 
 
@@ -121,8 +124,7 @@ def baselines(study: StudyFolder) -> str:
     findings = study.findings
     if findings is None:
         return section("baselines", title, missing(study, "No law is fitted yet.", "findings.json"))
-    found = {name: record.interval for name, record in findings.baselines.items() if math.isfinite(record.value)}
-    ends = [end for interval in found.values() for end in (*interval.ends, interval.value)] or [0.0, 1.0]
+    ends = ends_of(record.interval for record in findings.baselines.values()) or [0.0, 1.0]
     pad = 0.04 * (max(ends) - min(ends)) or 0.01
     axis = nice_axis(min(ends) - pad, max(ends) + pad, tick, count=4)
     head = table_head(
@@ -135,7 +137,8 @@ def baselines(study: StudyFolder) -> str:
         ]
     )
     rows = ""
-    for name in sorted(findings.baselines, key=lambda name: findings.baselines[name].value):
+    value = {name: record.value for name, record in findings.baselines.items()}
+    for name in sorted(value, key=lambda name: value[name] if math.isfinite(value[name]) else math.inf):
         rows += _baseline_row(name, findings.baselines[name], axis)
     return section(
         "baselines",

@@ -3,7 +3,7 @@
 import math
 import re
 
-from eurollm_jax.ablation.report.records import Interval, StudyFolder
+from eurollm_jax.ablation.report.records import ConfirmationRecord, Interval, StudyFolder
 from eurollm_jax.evaluation.report.frame import language_name
 from eurollm_jax.evaluation.report.text import SPACE, escape
 from eurollm_jax.languages import LANGUAGES
@@ -35,6 +35,12 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 def signed_range(found: Interval, digits: int = 4) -> str:
     return f"{signed(found.low, digits)} to {signed(found.high, digits)}" if found.known else "not known"
+
+
+def paired_range(found: ConfirmationRecord) -> str:
+    """Of the gain, over the pairs of seeds."""
+    gain = found.gain.interval
+    return "one pair has no interval" if found.pairs == 1 and not gain.known else signed_range(gain)
 
 
 def tick(value: float) -> str:

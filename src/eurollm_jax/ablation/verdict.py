@@ -112,9 +112,15 @@ def caveats(
     found = []
     groups = evidence.runs.groups
     if evidence.law == "power":
+        scores = evidence.scores
         found.append(
-            f"The power law has no transfer between languages; {len(evidence.runs.names)} runs of {len(groups)} groups "
-            "or the settings asked for it."
+            "The power law has no transfer between languages. "
+            + (
+                f"Of runs that were left out it has an R2 of {scores['power'].r2_heldout:.2f}, the log-linear law "
+                f"{scores['log-linear'].r2_heldout:.2f}."
+                if "log-linear" in scores
+                else f"{len(evidence.runs.names)} runs of {len(groups)} groups are too few for the log-linear law."
+            )
         )
     low, high = evidence.runs.shares.min(0), evidence.runs.shares.max(0)
     beyond = [name for name, share, a, b in zip(groups, proposal, low, high, strict=True) if not a <= share <= b]

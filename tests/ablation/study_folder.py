@@ -214,6 +214,7 @@ def _findings(law, final, shares, rng, recommended):
     rules = {"prior": PRIOR, "proposal": PROPOSAL, "UniMax": (1 / 6,) * 6, "temperature 0.3": (0.2,) * 4 + (0.1,) * 2}
     return {
         "law": "log-linear",
+        "transfer_law": "log-linear",
         "runs": len(final),
         "confidence": 0.9,
         "bootstraps": 200,

@@ -81,6 +81,18 @@ def test_noise_is_declined_with_reasons():
     assert found.further
 
 
+def test_of_laws_that_the_runs_suffice_for_the_better_prophet_proposes():
+    study = planted(6, 5, runs_per_group=5, power=True, noise=0.002)
+    runs = study.observe(np.random.default_rng(0))
+    found = analyse(runs, study.problem, SETTINGS)
+    assert found.scores["power"].r2_heldout > found.scores["log-linear"].r2_heldout
+    assert (found.law, found.transfer_law) == ("power", "log-linear")
+    assert any("R2" in caveat for caveat in found.caveats)
+    asked = analyse(runs, study.problem, replace(SETTINGS, law="log-linear"))
+    assert asked.law == "log-linear"
+    assert asked.transfer == found.transfer
+
+
 def test_with_fewer_runs_than_parameters_the_power_law_proposes():
     study = planted(6, 6, power=True, noise=0.002)
     runs = study.observe(np.random.default_rng(0))

@@ -32,6 +32,10 @@ def analyse(observations: Observations, problem: Problem, settings: Analysis) ->
     law = max(fits, key=lambda name: np.nan_to_num(scores[name].r2_heldout, nan=-np.inf))
     law = law if settings.law == "auto" else needed
     samples = bootstrap(fits[law], problem, settings.bootstraps, settings.confidence, settings.seed)
+    of_transfer: LawName = "log-linear" if "log-linear" in fits else law
+    transferring = samples
+    if of_transfer != law:
+        transferring = bootstrap(fits[of_transfer], problem, settings.bootstraps, settings.confidence, settings.seed)
     won = Estimate(*gain(samples, settings.confidence))
     observed = observations.losses @ problem.weights
     noise, _ = noise_of_repeats(observations.shares, observed)
@@ -52,7 +56,8 @@ def analyse(observations: Observations, problem: Problem, settings: Analysis) ->
         gain_of_law=_won(samples, samples.proposal),
         predicted=predicted,
         changes=changes,
-        transfer=_transfer(samples, observations, settings.confidence),
+        transfer=_transfer(transferring, observations, settings.confidence),
+        transfer_law=of_transfer,
         scores=scores,
         heldout=heldout,
         baselines=_contenders(samples, observations, settings.confidence, won),

@@ -44,6 +44,7 @@ class Finding:
     predicted: Mapping[str, Mapping[str, Estimate]]  # "prior" and "proposal" -> language -> bits per byte
     changes: Mapping[str, Estimate]  # by language, from prior to proposal; negative: better
     transfer: Mapping[str, Mapping[str, Estimate]]  # language -> group; see `laws.transfer_matrix`; NaN: not known
+    transfer_law: str  # that it is of: the log-linear one, the only one that knows any, where the runs suffice
     scores: Mapping[str, Score]  # by law, and of the trees
     heldout: Mapping[str, tuple[HeldOutRun, ...]]  # by law, and of the trees
     baselines: Mapping[str, Contender]  # with "prior" and "proposal"
@@ -78,6 +79,7 @@ class Finding:
             predicted={at: estimates(losses) for at, losses in found["predicted"].items()},
             changes=estimates(found["changes"]),
             transfer={language: estimates(entries) for language, entries in found["transfer"].items()},
+            transfer_law=found["transfer_law"],
             scores={law: Score.from_json(value) for law, value in found["scores"].items()},
             heldout={law: tuple(HeldOutRun(**run) for run in runs) for law, runs in found["heldout"].items()},
             baselines={name: contender(value) for name, value in found["baselines"].items()},

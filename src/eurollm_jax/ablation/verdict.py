@@ -114,7 +114,7 @@ def caveats(
     if evidence.law == "power":
         scores = evidence.scores
         found.append(
-            "The power law has no transfer between languages. "
+            "The power law, which proposes here, has no transfer between languages. "
             + (
                 f"Of runs that were left out it has an R2 of {scores['power'].r2_heldout:.2f}, the log-linear law "
                 f"{scores['log-linear'].r2_heldout:.2f}."

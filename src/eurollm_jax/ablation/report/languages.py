@@ -153,12 +153,17 @@ def transfer(study: StudyFolder) -> str:
     clear = sum(not cell.covers_zero for row in found.values() for cell in row.values())
     cells = sum(cell.known for row in found.values() for cell in row.values())
     by_chance = (1 - findings.confidence) * cells
-    own_only = (
-        ""
-        if findings.law != "power"
-        else "<p><strong>The power law knows no transfer:</strong> a group acts on the languages that it holds alone, "
-        "and on others only by taking tokens from them.</p>"
-    )
+    own_only = ""
+    if findings.transfer_law == "power":
+        own_only = (
+            "<p><strong>The power law knows no transfer:</strong> a group acts on the languages that it holds alone, "
+            "and on others only by taking tokens from them.</p>"
+        )
+    elif findings.transfer_law != findings.law:
+        own_only = (
+            f"<p>These are of the {escape(findings.transfer_law)} law: the {escape(findings.law)} law, which predicts "
+            "these runs better and makes the proposal, knows no transfer.</p>"
+        )
     return section(
         "transfer",
         title,

@@ -152,6 +152,7 @@ class Findings:
     predicted: Predicted
     changes: dict[str, Interval]  # bits per byte from prior to proposal by held-out language; negative: better
     transfer: dict[str, dict[str, Interval]]  # by held-out language and group: bits per byte for a point of the tokens
+    transfer_law: str
     scores: dict[str, ScoreRecord]  # by law
     heldout: dict[str, list[Prediction]]  # by law
     baselines: dict[str, BaselineRecord]  # with the prior and the proposal

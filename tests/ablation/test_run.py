@@ -46,6 +46,7 @@ def contents(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path, monkeypatch):
     undisturbed = ablate(whole, "Which?")
     assert all((undisturbed / name).is_file() for name in FILES)

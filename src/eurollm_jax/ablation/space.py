@@ -189,7 +189,7 @@ def _prior(
         raise UserError(
             f"groups: no group has {named}, and the prior gives {'it' if len(missing) == 1 else 'them'} "
             f"{sum(shares[name] for name in missing):.2%} of the tokens: add {'it' if len(missing) == 1 else 'them'} "
-            "to a group, or leave out with .without(...) of the prior"
+            "to a group, or leave them out of the prior by .without(...)"
         )
     if len(within) < 2:
         raise UserError(f"groups: {', '.join(members) or 'none'} is all there is, and shares need two groups to move")

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -204,17 +205,22 @@ def on(backend, **mesh):
     [
         (dict(), "cpu", "blockwise", "default on cpu"),
         (dict(), "rocm", "blockwise", "default on rocm"),
-        (dict(), "cuda", "cudnn", "documents as a mask"),
-        (dict(compute="float32"), "cuda", "blockwise", "cudnn cannot: it takes bfloat16, and compute='float32'"),
-        (dict(attention_cap=50.0), "cuda", "blockwise", "cudnn cannot: .* attention_cap=50.0"),
-        (dict(head_dim=256), "cuda", "blockwise", "up to 128 .* head_dim=256"),
-        (dict(head_dim=20), "cuda", "blockwise", "steps of 8, and head_dim=20"),
+        (dict(), "cuda", "pallas", "outside of a document"),
+        (dict(attention_cap=50.0, head_dim=20), "cuda", "pallas", "outside of a document"),
+        (dict(compute="float32"), "cuda", "blockwise", "pallas cannot: .* compute='float32'; nor can cudnn: it takes"),
+        (dict(head_dim=256), "cuda", "blockwise", "pallas cannot: .* up to 128 .* nor can cudnn: .* head_dim=256"),
+        (dict(head_dim=256, attention_kernel="cudnn"), "hopper", "cudnn", "attention_kernel"),
+        (dict(head_dim=256), "hopper", "cudnn", "pallas cannot: it takes heads of up to 128"),
+        (dict(head_dim=256, attention_cap=5.0), "hopper", "blockwise", "nor can cudnn: .* attention_cap=5.0"),
         (dict(attention_kernel="reference"), "cuda", "reference", "attention_kernel"),
         (dict(attention_kernel="cudnn"), "cuda", "cudnn", "attention_kernel"),
     ],
 )
-def test_the_choice_is_told_with_its_reason(changes, backend, kernel, reason):
-    chosen, why = attention_choice(replace(CONFIG, **changes), on(backend))
+def test_the_choice_is_told_with_its_reason(changes, backend, kernel, reason, monkeypatch):
+    layout = on("cuda" if backend == "hopper" else backend)
+    if backend == "hopper":
+        monkeypatch.setattr(type(layout), "device", SimpleNamespace(compute_capability="9.0"))
+    chosen, why = attention_choice(replace(CONFIG, **changes), layout)
     assert chosen == kernel
     assert re.search(reason, why)
 
@@ -222,15 +228,20 @@ def test_the_choice_is_told_with_its_reason(changes, backend, kernel, reason):
 @pytest.mark.parametrize(
     ("changes", "backend", "complaint"),
     [
-        (dict(), "cpu", r"for cpu\. Choose 'auto' or 'blockwise'"),
-        (dict(), "rocm", "for rocm"),
-        (dict(attention_cap=50.0), "cuda", "attention_cap=50"),
-        (dict(compute="float32"), "cuda", "compute='float32'"),
-        (dict(head_dim=136), "cuda", "head_dim=136"),
+        (dict(attention_kernel="cudnn"), "cpu", r"for cpu\. Choose 'auto' or 'blockwise'"),
+        (dict(attention_kernel="cudnn"), "rocm", "for rocm"),
+        (dict(attention_kernel="cudnn", attention_cap=50.0), "cuda", "attention_cap=50"),
+        (dict(attention_kernel="cudnn", compute="float32"), "cuda", "compute='float32'"),
+        (dict(attention_kernel="cudnn", head_dim=136), "cuda", "head_dim=136"),
+        (dict(attention_kernel="cudnn", head_dim=20), "cuda", "steps of 8, and head_dim=20"),
+        (dict(attention_kernel="pallas"), "cpu", "'pallas' cannot .* for cpu"),
+        (dict(attention_kernel="pallas"), "rocm", "for rocm"),
+        (dict(attention_kernel="pallas", compute="float32"), "cuda", "compute='float32'"),
+        (dict(attention_kernel="pallas", head_dim=136), "cuda", "up to 128 dimensions, and head_dim=136"),
     ],
 )
 def test_a_kernel_that_cannot_is_refused_before_anything_compiles(changes, backend, complaint):
-    c = replace(CONFIG, attention_kernel="cudnn", **changes)
+    c = replace(CONFIG, **changes)
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     with pytest.raises(UserError, match=complaint):
         jax.eval_shape(
@@ -259,7 +270,7 @@ def lowered(c, layout, platform):
 
 @pytest.mark.parametrize(("mesh", "mask"), [(dict(), "4x1x32x32xbf16"), (dict(data=2, context=4), "2x1x8x32xbf16")])
 def test_cudnn_is_given_the_mask_forward_and_backward(mesh, mask, cudnn_is_there):
-    c = replace(CONFIG, pattern=(Attention(window=8), Attention()))
+    c = replace(CONFIG, pattern=(Attention(window=8), Attention()), attention_kernel="cudnn")
     calls = [line for line in lowered(c, on("cuda", **mesh), "cuda").splitlines() if "custom_call @__cudnn" in line]
     assert {line.split("@__cudnn$")[1].split("(")[0] for line in calls} == {
         "fmhaScaleBiasSoftmax",
@@ -269,11 +280,22 @@ def test_cudnn_is_given_the_mask_forward_and_backward(mesh, mask, cudnn_is_there
         assert mask in line.split(" : (")[-1].split(" -> ")[0]
 
 
-@pytest.mark.parametrize(("backend", "changes"), [("rocm", dict()), ("cuda", dict(attention_cap=5.0))])
-def test_where_cudnn_is_not_chosen_no_module_calls_it(backend, changes):
+@pytest.mark.parametrize(("backend", "changes"), [("rocm", dict()), ("cuda", dict(compute="float32"))])
+def test_where_no_fused_kernel_is_chosen_no_module_calls_one(backend, changes):
     text = lowered(replace(CONFIG, **changes), on(backend), backend)
     assert "cudnn" not in text
+    assert "triton" not in text
     assert "stablehlo.while" in text
+
+
+@pytest.mark.parametrize("mesh", [dict(), dict(data=2, context=4)])
+def test_a_model_for_nvidia_calls_the_fused_kernel_forward_and_backward(mesh, monkeypatch):
+    hopper = SimpleNamespace(compute_capability=90)
+    monkeypatch.setattr("jax._src.pallas.triton.gpu_info.get_gpu_info", lambda: hopper)  # asked for when lowering
+    text = lowered(replace(CONFIG, pattern=(Attention(window=8), Attention())), on("cuda", **mesh), "cuda")
+    names = re.findall(r'name = "(attention_\w+)"', text)
+    assert set(names) == {"attention_forward", "attention_key_gradients", "attention_query_gradients"}
+    assert "@__gpu$xla.gpu.triton" in text
 
 
 @pytest.mark.parametrize("mesh", [dict(), dict(data=2, context=4)])

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import optax
-from turns import Turns, case, rows
+from batches import batch_of
+from turns import Turns, case
 
-from eurollm_jax.data.batch import Batch
 from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.model.param import count
 from eurollm_jax.model.transformer import flops_per_token, specs
@@ -16,21 +16,6 @@ from eurollm_jax.training.skipping import SkipStep
 from eurollm_jax.training.step import build_program
 
 DOCUMENT = 170  # mean length of a packed document, in tokens
-
-
-def batch_of(shape: dict, packed: bool) -> Batch:
-    """All rows as one document each, or cut into documents at random."""
-    tokens, targets = rows(shape)
-    starts = np.zeros(tokens.shape, bool)
-    if packed:
-        starts = np.random.default_rng(1).random(tokens.shape) < 1 / DOCUMENT
-    starts[:, 0] = True
-    at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    segments = np.cumsum(starts, axis=1, dtype=np.int32)
-    positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
-    mask = np.roll(~starts, -1, axis=1)
-    mask[:, -1] = True
-    return Batch(tokens, targets, segments, positions, mask, np.zeros(len(tokens), np.int32))
 
 
 def main() -> None:
@@ -61,7 +46,8 @@ def main() -> None:
     )
     train = program.compile_train(shape["batch"], shape["length"])
     state = program.init(jax.random.key(0))
-    batches = {form: layout.place_rows(batch_of(shape, form == "packed")) for form in ("rows", "packed")}
+    cuts = {"rows": None, "packed": DOCUMENT}
+    batches = {form: layout.place_rows(batch_of(shape, mean_length)) for form, mean_length in cuts.items()}
     turns.say(
         versions={"jax": jax.__version__},
         parameters=count(weights),

@@ -18,6 +18,7 @@ from eurollm_jax.model.remat import of_attention
 from eurollm_jax.parallel.mesh import ACTIVATION_AXES, Layout
 
 AMPERE = 8.0
+PALLAS_HEAD_DIM = 128  # up to which its tiles were measured
 HOPPER = 9.0  # compute capability from which on cuDNN's attention takes heads of 256 dimensions in place of 128
 
 
@@ -26,34 +27,53 @@ def attention_choice(c: TransformerConfig, layout: Layout) -> tuple[AttentionKer
 
     Raises UserError where the configuration names an implementation that cannot compute it on these devices.
     """
-    kernel, backend, obstacle = c.attention_kernel, layout.backend, _cudnn_obstacle(c, layout)
+    kernel, backend = c.attention_kernel, layout.backend
+    obstacles = {"pallas": _pallas_obstacle(c, layout), "cudnn": _cudnn_obstacle(c, layout)}
     match kernel:
-        case "auto" if backend == "cuda" and obstacle is None:
-            return "cudnn", "the fused kernel for NVIDIA GPUs, with the documents as a mask"
+        case "auto" if backend == "cuda" and obstacles["pallas"] is None:
+            return "pallas", "the fused kernel that leaves out what lies outside of a document"
+        case "auto" if backend == "cuda" and obstacles["cudnn"] is None:
+            return "cudnn", f"the fused kernel with documents as a mask; pallas cannot: {obstacles['pallas']}"
         case "auto" if backend == "cuda":
-            return "blockwise", f"cudnn cannot: {obstacle}"
+            return "blockwise", f"pallas cannot: {obstacles['pallas']}; nor can cudnn: {obstacles['cudnn']}"
         case "auto":
             return "blockwise", f"the default on {backend}"
-        case "cudnn" if obstacle is not None:
+        case "pallas" | "cudnn" if (obstacle := obstacles[kernel]) is not None:
             raise UserError(
-                f"model: attention_kernel='cudnn' cannot compute this model's attention: {obstacle}. "
+                f"model: attention_kernel={kernel!r} cannot compute this model's attention: {obstacle}. "
                 "Choose 'auto' or 'blockwise'."
             )
         case _:
             return kernel, "named by attention_kernel"
 
 
-def _cudnn_obstacle(c: TransformerConfig, layout: Layout) -> str | None:
-    """What keeps cuDNN from computing attention as configured, if anything does."""
+def _pallas_obstacle(c: TransformerConfig, layout: Layout) -> str | None:
+    """What keeps the kernel of attention_pallas.py from computing attention as configured, if anything does."""
+    if (obstacle := _of_every_fused_kernel(c, layout)) is not None:
+        return obstacle
+    if c.head_dim > PALLAS_HEAD_DIM:
+        return f"it takes heads of up to {PALLAS_HEAD_DIM} dimensions, and head_dim={c.head_dim}"
+    return None
+
+
+def _of_every_fused_kernel(c: TransformerConfig, layout: Layout) -> str | None:
     if layout.backend != "cuda":
         return f"it runs on NVIDIA GPUs (cuda), and this program is for {layout.backend}"
     if c.compute != "bfloat16":
         return f"it takes bfloat16, and compute={c.compute!r}"
-    if c.attention_cap is not None:
-        return f"it has no soft cap, and attention_cap={c.attention_cap}"
     capability = float(getattr(layout.device, "compute_capability", AMPERE))
     if capability < AMPERE:
         return f"it needs compute capability {AMPERE} (Ampere), and this device has {capability}"
+    return None
+
+
+def _cudnn_obstacle(c: TransformerConfig, layout: Layout) -> str | None:
+    """What keeps cuDNN from computing attention as configured, if anything does."""
+    if (obstacle := _of_every_fused_kernel(c, layout)) is not None:
+        return obstacle
+    if c.attention_cap is not None:
+        return f"it has no soft cap, and attention_cap={c.attention_cap}"
+    capability = float(getattr(layout.device, "compute_capability", AMPERE))
     most = 256 if capability >= HOPPER else 128
     if c.head_dim % 8 or c.head_dim > most:
         return f"it takes heads of up to {most} dimensions in steps of 8, and head_dim={c.head_dim}"
@@ -95,6 +115,11 @@ def packed_attention(
             case "blockwise":
                 how = dict(window=window, scale=scale, cap=cap, backend=layout.backend)
                 return blockwise(query, key, value, segments, all_segments, start, **how)  # type: ignore[arg-type]
+            case "pallas":
+                from eurollm_jax.model.attention_pallas import pallas_attention  # half a second, for GPUs alone
+
+                how = dict(window=window, scale=scale, cap=cap)
+                return pallas_attention(query, key, value, segments, all_segments, start, **how)  # type: ignore[arg-type]
             case "cudnn":
                 whole = not split
                 return of_attention(_cudnn(query, key, value, segments, all_segments, start, window, scale, whole))

@@ -13,7 +13,7 @@ from eurollm_jax.errors import UserError
 
 type Dtype = Literal["float32", "bfloat16"]
 type Activation = Literal["silu", "gelu", "gelu_tanh"]
-type AttentionKernel = Literal["reference", "blockwise", "cudnn"]
+type AttentionKernel = Literal["reference", "blockwise", "cudnn", "pallas"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ to the fastest:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -23,9 +23,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from eurollm_jax.errors import UserError
+from eurollm_jax.parallel.hardware import Backend
 
 type MeshAxes = str | tuple[str, ...] | None
-type Backend = Literal["cpu", "cuda", "rocm"]
 
 MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "tensor")
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from eurollm_jax.parallel.distributed import is_first
+from eurollm_jax.parallel.hardware import chip_of
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +28,6 @@ Useful tokens are those that are predicted: padding counts nothing. `flops_per_t
 model/transformer.py: forward and backward, causal attention at half of the row, nothing for what is computed again. The
 time is that of training: without compilation, evaluation and saving.
 """
-
-# Dense bf16 FLOP/s of one device as its maker states it; an MI250X shows each of its two dies as a device.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "MI250X": 191.5e12,
-    "MI300X": 1307e12,
-    "MI300A": 981e12,
-}
 
 
 @dataclass(frozen=True)
@@ -52,9 +40,9 @@ class Peak:
 
 def peak_of(dtype: str, device_kind: str, devices: int) -> Peak:
     """Their maker's figure, or a measured product where none is known."""
-    stated = next((peak for name, peak in PEAKS.items() if name in device_kind), None)
-    if stated and dtype == "bfloat16":
-        return Peak(devices * stated, f"its maker's figure, {stated / 1e12:g} TFLOP/s for each device")
+    chip = chip_of(device_kind)
+    if chip is not None and chip.bfloat16 is not None and dtype == "bfloat16":
+        return Peak(devices * chip.bfloat16, f"its maker's figure, {chip.bfloat16 / 1e12:g} TFLOP/s for each device")
     size = 1024 if jax.default_backend() == "cpu" else 8192
     return Peak(_measured_flops(dtype, size), f"the fastest {dtype} product of {size} x {size} matrices at the start")
 

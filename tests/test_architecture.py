@@ -11,7 +11,7 @@ PACKAGE = Path(eurollm_jax.__file__).parent
 LEVELS = [  # each may import its own level's own package, and what stands below
     {"__main__"},
     {"cli"},
-    {"hf", "ablation"},
+    {"hf", "ablation", "cluster"},
     {"training", "experiment"},  # an Experiment holds schedules and optimizers; the loop reads an Experiment
     {"evaluation"},
     {"model", "data"},

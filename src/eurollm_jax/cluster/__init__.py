@@ -1,0 +1,1 @@
+"""What stands between an experiment and a machine: sites, plans, job scripts, and the doctor."""

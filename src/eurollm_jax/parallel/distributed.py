@@ -42,12 +42,12 @@ class Coordination:
             raise UserError(f"--coordinator {self.address} has no port: write it as host:port.")
 
 
-def connect(by_hand: Coordination | None = None) -> None:
+def connect(by_hand: Coordination | None = None, seconds: int = START_SECONDS) -> None:
     """Joins this process to the others of its job; call it before any device is used.
 
     Without `by_hand`, an Open MPI launch or a Slurm step of several tasks is recognised by its variables; everything
     else is one process. A process uses all devices that it sees, or its share of them where it has others beside it on
-    its host. Raises UserError where the others cannot be reached.
+    its host. They are waited for so many `seconds`. Raises UserError where the others cannot be reached.
     """
     launcher = None if by_hand is not None else _launcher()
     if launcher is None and (by_hand is None or by_hand.processes == 1):
@@ -55,7 +55,7 @@ def connect(by_hand: Coordination | None = None) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which training/stopping.py does
     initialize = partial(
         jax.distributed.initialize,
-        initialization_timeout=START_SECONDS,
+        initialization_timeout=seconds,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     try:

@@ -12,6 +12,7 @@ report.html
 import json
 import logging
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -31,7 +32,7 @@ from eurollm_jax.ablation.proposal import Problem
 from eurollm_jax.ablation.report.page import write_report
 from eurollm_jax.ablation.study import Study
 from eurollm_jax.ablation.table import Phase, Replica
-from eurollm_jax.ablation.trained import Trained
+from eurollm_jax.ablation.trained import Share, Trained
 from eurollm_jax.corpus.folders import write_json
 from eurollm_jax.data.loader import differences
 from eurollm_jax.errors import UserError
@@ -56,16 +57,11 @@ def ablate(study: Study, question: str, *, time_limit: float | None = None, bega
     """
     began = time.perf_counter() if began is None else began
     prepared = prepare(study)
-    folder = study.folder
-    ours = (folder / "study.json").exists() or (folder / "proxies").exists()
-    if not ours and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no study.json: choose another name, or move it away.")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(study)
     with locked(folder):
         _claim(prepared, question)
         runs = Trained(prepared, folder, question, time_limit, began)
-        proxies = [(_told(prepared, "proxy", arm.kind, arm.shares, run), run) for arm, run in prepared.proxies]
-        runs.train("proxy", "proxies", proxies)
+        runs.train("proxy", "proxies", _proxies(prepared))
         runs.require_time()
         finding = _found(prepared, runs)
         write_outputs(
@@ -88,16 +84,45 @@ def ablate(study: Study, question: str, *, time_limit: float | None = None, bega
     return folder
 
 
-def _claim(prepared: PreparedStudy, question: str) -> None:
+def train_share(
+    study: Study, question: str, share: Share, *, time_limit: float | None = None, began: float | None = None
+) -> int:
+    """Trains a share of the study's proxies, while others do so with theirs, and returns how many ensembles that is.
+    Once all shares are trained, `ablate` makes of them what it makes of its own. Raises as `ablate` does."""
+    began = time.perf_counter() if began is None else began
+    prepared = prepare(study)
+    folder = _folder(study)
+    _claim(prepared, question, alone=False)
+    return Trained(prepared, folder, question, time_limit, began).train_share(share, "proxies", _proxies(prepared))
+
+
+def _folder(study: Study) -> Path:
+    """The study's, which is there now; UserError where it is something else's."""
+    folder = study.folder
+    ours = (folder / "study.json").exists() or (folder / "proxies").exists()
+    if not ours and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no study.json: choose another name, or move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _proxies(prepared: PreparedStudy) -> list[tuple[Replica, Experiment]]:
+    return [(_told(prepared, "proxy", arm.kind, arm.shares, run), run) for arm, run in prepared.proxies]
+
+
+def _claim(prepared: PreparedStudy, question: str, *, alone: bool = True) -> None:
     """Writes study.json, or brings it up to date; UserError where the folder has another study's proxies.
 
-    More draws, another analysis and another confirmation are welcome: what is trained stays.
+    More draws, another analysis and another confirmation are welcome: what is trained stays. Where others may do the
+    same, a study.json that is there is left as it is.
     """
     folder, mine = prepared.study.folder, json.loads(json.dumps(prepared.identity()))
     path = folder / "study.json"
     described = {**_described(prepared, question, {}), "identity": mine}
     if not path.is_file():
-        write_json(path, described)
+        own = path if alone else path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        write_json(own, described)
+        own.replace(path)
         return
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +145,8 @@ def _claim(prepared: PreparedStudy, question: str) -> None:
             f"{folder} holds another study ({'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}): "
             "give this one another name, or move that folder away."
         )
-    write_json(path, described)
+    if alone:
+        write_json(path, described)
 
 
 def _expected(prepared: PreparedStudy) -> dict[str, tuple[float, str]]:

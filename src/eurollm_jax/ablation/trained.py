@@ -3,10 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from eurollm_jax.ablation.prepared import PreparedStudy, ensembles
 from eurollm_jax.ablation.table import Phase, Replica, write_results
 from eurollm_jax.corpus.folders import write_json
-from eurollm_jax.errors import StoppedError
+from eurollm_jax.errors import StoppedError, UserError
 from eurollm_jax.evaluation.perplexity import bits_per_byte
 from eurollm_jax.experiment import Experiment
 from eurollm_jax.training.ensemble import Measurement, is_finished, train_ensemble
@@ -25,6 +26,26 @@ from eurollm_jax.training.ensemble_measurements import read_measurements
 log = logging.getLogger(__name__)
 
 COSTS: dict[Phase, str] = {"proxy": "proxies", "confirmation": "confirmation"}  # the names of their cost
+SECONDS = "seconds"  # the file in an ensemble's folder that says how long a share of a study has trained it
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ensembles whose number, from 0, leaves `index` when it is divided by `of`: what one of several jobs does."""
+
+    index: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.of:
+            raise UserError(f"--ensembles {self.index}/{self.of}: there is none: of {self.of} the first is 0.")
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        index, slash, of = text.partition("/")
+        if not (slash and index.isdecimal() and of.isdecimal()):
+            raise UserError(f"--ensembles {text}: write it as 0/8, the first of eight.")
+        return cls(int(index), int(of))
 
 
 @dataclass
@@ -54,19 +75,45 @@ class Trained:
             self.measured = before + [(replica, found[replica.name]) for replica, _ in runs if found[replica.name]]
             self.write_table()
 
+    def train_share(self, share: Share, folder: str, runs: Sequence[tuple[Replica, Experiment]]) -> int:
+        """Trains the share's ensembles of a phase, and returns how many these are. What their numbers are does not
+        depend on which are trained already, for several jobs train at once; of what all share nothing is written."""
+        members = {replica.name: experiment for replica, experiment in runs}
+        places = {name: number for number, name in enumerate(members, 1)}
+        trained = {name for _, names in _finished(self.folder / folder, dict(members)) for name in names}
+        parts = ensembles(list(members), self.prepared.study.at_once, jax.local_device_count())
+        mine = parts[share.index :: share.of]
+        for part in mine:
+            if not (left := [name for name in part if name not in trained]):
+                continue
+            path = self.folder / folder / _named(places[left[0]], places[left[-1]])
+            log.info("%s: %d of %d runs", path, len(left), len(runs))
+            self.require_time()
+            start = time.perf_counter()
+            try:
+                train_ensemble(
+                    [members[name] for name in left],
+                    path,
+                    question=self.question,
+                    time_limit=self.time_limit,
+                    began=self.began,
+                )
+            finally:
+                with suppress(OSError):  # which would take the place of the error
+                    (path / SECONDS).write_text(str(_seconds(path) + time.perf_counter() - start))
+        return len(mine)
+
     def _parts(
         self, folder: Path, runs: Sequence[tuple[Replica, Experiment]]
     ) -> Iterator[tuple[str, Sequence[tuple[Replica, Experiment]]]]:
         """The names and the runs of the ensembles: those that are finished, and the rest."""
         left = {replica.name: (replica, experiment) for replica, experiment in runs}
         place = {name: number for number, name in enumerate(left, 1)}
-        for path in sorted(folder.glob("*/ensemble.json")):
-            names = recorded_members(path.parent)
-            if all(name in left for name in names) and is_finished(read_measurements(path.parent), names):
-                yield path.parent.name, [left.pop(name) for name in names]
+        for finished, names in _finished(folder, left):
+            yield finished, [left.pop(name) for name in names]
         devices = jax.local_device_count()
         for part in ensembles(list(left.values()), self.prepared.study.at_once, devices) if left else ():
-            yield f"{place[part[0][0].name]:02d}-{place[part[-1][0].name]:02d}", part
+            yield _named(place[part[0][0].name], place[part[-1][0].name]), part
 
     def _train(self, phase: Phase, folder: Path, experiments: Sequence[Experiment]) -> list[Measurement]:
         """Trains one ensemble, and adds its time to the study's cost."""
@@ -80,8 +127,9 @@ class Trained:
             with suppress(OSError, ValueError, LookupError, TypeError):  # which would take the place of the error
                 record = json.loads((self.folder / "study.json").read_text(encoding="utf-8"))
                 cost = record["cost"][COSTS[phase]]
-                cost["seconds"] = (cost["seconds"] or 0.0) + time.perf_counter() - start
+                cost["seconds"] = (cost["seconds"] or 0.0) + _seconds(folder) + time.perf_counter() - start
                 write_json(self.folder / "study.json", record)
+                (folder / SECONDS).unlink(missing_ok=True)
 
     def require_time(self) -> None:
         """Raises StoppedError where the time limit has come."""
@@ -122,3 +170,23 @@ class Trained:
             self.measured,
             {name: source.language for name, source in sources.items()},
         )
+
+
+def _named(first: int, last: int) -> str:
+    """The folder of the ensemble of runs with these numbers."""
+    return f"{first:02d}-{last:02d}"
+
+
+def _finished(folder: Path, left: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The names of the ensembles that are trained, and of their members, as long as all of these are `left`."""
+    for path in sorted(folder.glob("*/ensemble.json")):
+        names = recorded_members(path.parent)
+        if all(name in left for name in names) and is_finished(read_measurements(path.parent), names):
+            yield path.parent.name, names
+
+
+def _seconds(folder: Path) -> float:
+    """That shares of the study have trained an ensemble and no cost holds yet."""
+    with suppress(OSError, ValueError):
+        return float((folder / SECONDS).read_text())
+    return 0.0

@@ -24,6 +24,12 @@ def add(commands: Subcommands) -> None:
     ablate.add_argument(
         "--untimed", action="store_true", help="with --dry-run: train no few steps to learn how long all will take"
     )
+    ablate.add_argument(
+        "--ensembles",
+        metavar="I/N",
+        help="train the proxies of every Nth ensemble from the Ith on, from 0, while other jobs train the others, and "
+        "end; the command without this then analyses them",
+    )
     with_time_limit(ablate)
 
     study = group(commands, "study", "look at studies that were run")
@@ -43,12 +49,18 @@ def _ablate(arguments: argparse.Namespace) -> None:
         if arguments.name is not None:
             study = replace(study, name=arguments.name)
 
-        from eurollm_jax.ablation.run import ablate, describe
+        from eurollm_jax.ablation.run import ablate, describe, train_share
+        from eurollm_jax.ablation.trained import Share
         from eurollm_jax.parallel.programs import keep_programs
 
         keep_programs()
         if arguments.dry_run:
             _print_design(question, describe(study, question, timed=not arguments.untimed))
+            return
+        if arguments.ensembles is not None:
+            share = Share.parse(arguments.ensembles)
+            count = train_share(study, question, share, time_limit=arguments.time_limit, began=began)
+            print(f"share {arguments.ensembles} is trained: {count} ensembles in {study.folder / 'proxies'}")
             return
         _print_answer(ablate(study, question, time_limit=arguments.time_limit, began=began))
 

@@ -1,7 +1,7 @@
-"""XLA's flags for each backend, with the reason for each: the one place from which job scripts and containers take them.
+"""XLA's flags and its share of memory for each backend: where scripts, plans and the doctor find them.
 
-They are environment variables of a job, which its script shows, and not set by the library: a process that changes how its
-own compiler works is hard to reproduce.
+They are environment variables of a job, which its script shows, and not set by the library: a process that changes how
+its own compiler works is hard to reproduce.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,10 @@ class Flag:
     def __str__(self) -> str:
         return f"--{self.name}={self.value}"
 
+
+FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MEMORY_FRACTION = 0.9  # of a GPU's memory that JAX takes at its start in our jobs; the rest is for NCCL or RCCL
+JAX_FRACTION = 0.75  # and what it takes unless told otherwise: https://docs.jax.dev/en/latest/201/gpu-memory.html
 
 OVERLAP = Flag(
     "xla_gpu_enable_latency_hiding_scheduler",

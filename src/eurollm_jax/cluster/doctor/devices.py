@@ -19,12 +19,11 @@ from eurollm_jax.cluster.site import Site
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.attention import attention_choice, packed_attention
 from eurollm_jax.model.config import AttentionKernel, Gated, TransformerConfig
-from eurollm_jax.parallel.flags import FLAGS
+from eurollm_jax.parallel.flags import FLAGS, FRACTION_VARIABLE, JAX_FRACTION, MEMORY_FRACTION
 from eurollm_jax.parallel.hardware import Backend, chip_of
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 
 WINDOWS, WINDOW_SECONDS = 3, 0.3  # of products on one device; the best window counts
-FRACTION = 0.75  # of a device's memory that JAX takes: https://docs.jax.dev/en/latest/201/gpu-memory.html
 MEMORY_SHARE = 0.9  # of what the site's profile says that must be there: drivers and ECC keep some per cent
 MODEL = TransformerConfig(
     vocab_size=512, width=512, depth=1, heads=4, kv_heads=2, head_dim=128, max_positions=256, mlp=Gated(512)
@@ -107,8 +106,8 @@ def memory_finding(site: Site | None) -> Finding:
     known = [limit for limit in limits if limit]
     if not known:
         return unchecked("device memory", "the backend does not tell it")
-    asked = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or os.environ.get("XLA_CLIENT_MEM_FRACTION")
-    share = float(asked) if asked else FRACTION
+    asked = os.environ.get(FRACTION_VARIABLE) or os.environ.get("XLA_CLIENT_MEM_FRACTION")
+    share = float(asked) if asked else JAX_FRACTION
     least = min(known)
     seen = f"JAX may use {least / 2**30:.1f} GiB, {share:.0%} of {least / share / 2**30:.1f} GiB"
     wanted = site.chip.memory if site is not None else None
@@ -122,7 +121,7 @@ def memory_finding(site: Site | None) -> Finding:
         return warned(
             "device memory",
             seen,
-            "export XLA_PYTHON_CLIENT_MEM_FRACTION=0.90, as the scripts of eurollm launch do: the rest stays idle",
+            f"export {FRACTION_VARIABLE}={MEMORY_FRACTION}, as the scripts of eurollm launch do: the rest stays idle",
         )
     return passed("device memory", seen)
 

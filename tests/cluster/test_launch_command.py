@@ -1,0 +1,160 @@
+"""`eurollm launch` on the command line: what it makes of a training run, a study and a corpus, and what it refuses."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from eurollm_jax.ablation.study import Design
+from eurollm_jax.cluster import site_files
+from tests.ablation.conftest import heldout, study  # noqa: F401
+from tests.cli.conftest import _imports_of_experiments, refuse, run_command  # noqa: F401
+from tests.cluster.fake_slurm.cluster import Cluster
+from tests.cluster.test_launch_scripts import CPU
+from tests.processes import flags, write_experiment
+
+SLOW_IMPORTS = ("jax", "numpy", "tyro", "orbax")
+
+
+@pytest.fixture
+def at_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    monkeypatch.setattr(site_files, "site_of", lambda name: {"test": CPU, "payed": PAYED, "local": LOCAL}[name])
+    return tmp_path
+
+
+PAYED = dataclasses.replace(CPU, name="payed", account=True)
+LOCAL = dataclasses.replace(CPU, name="local", scheduler="none")
+
+
+@pytest.fixture
+def file(study, at_work):  # noqa: F811
+    return write_experiment(study.proxy, at_work)
+
+
+@pytest.fixture
+def study_file(study, at_work):  # noqa: F811
+    """Eight proxies, as many as a law of three groups needs."""
+    path = write_experiment(study.proxy, at_work)
+    study = dataclasses.replace(study, design=Design(draws=6, candidates=4, prior_runs=2))
+    text = path.read_text() + "from eurollm_jax.ablation.study import *\n" + f"STUDY = {study!r}\n"
+    path.write_text(text)
+    return path
+
+
+def steps_of(script):
+    """What follows the program, as bash would divide it, and the directives by name."""
+    joined = script.replace("\\\n", " ")
+    (step,) = [line for line in joined.splitlines() if line.startswith("srun ")]
+    words = shlex.split(step.removesuffix("|| status=$?"))
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in script.splitlines()
+        if line.startswith("#SBATCH ")
+    )
+    return words[words.index("eurollm_jax") + 1 :], options
+
+
+def test_a_run_is_launched_with_options_before_and_after_its_file(file):
+    first = run_command("launch", "--site", "test", "--nodes", 2, file, "--steps", 5, "--time", "02:00:00", "--dry-run")
+    assert (first.status, first.err) == (0, "")
+    other_order = ("--dry-run", "--site", "test", "--steps", 5, "--nodes", 2, "--time=02:00:00")
+    assert first == run_command("launch", "train", file, *other_order)
+    words, options = steps_of(first.out)
+    assert words == ["train", "--time-limit", "$time_limit", str(file), "--steps", "5"]
+    assert (options["nodes"], options["ntasks-per-node"], options["cpus-per-task"]) == ("2", "2", "2")
+    assert (options["time"], options["job-name"]) == ("02:00:00", "proxy")
+    assert "2 nodes x 2 processes x 1 device, 5 steps." in first.out
+    changed = run_command("launch", file, "--site", "test", "--dry-run", "--accept-changes", "--job-name", "other")
+    assert steps_of(changed.out)[0][:2] == ["train", "--accept-changes"]
+    assert steps_of(changed.out)[1]["job-name"] == "other"
+
+
+def test_a_run_needs_devices_that_its_mesh_and_its_batches_divide_over(at_work, file):
+    plain = ("launch", file, "--site", "test", "--dry-run")
+    assert "needs a multiple of 3 devices, and there are 4" in refuse(at_work, *plain, "--nodes", 2, "--mesh.fsdp", 3)
+    assert "a batch of 8 rows does not divide over 16 devices" in refuse(at_work, *plain, "--nodes", 8)
+    assert "tokenizer=nowhere does not exist" in refuse(at_work, *plain, "--tokenizer", "nowhere")
+    assert "--nodes 0: take 1 or more" in refuse(at_work, *plain, "--nodes", 0)
+    assert "may have 8" in refuse(at_work, *plain, "--nodes", 16, "--batch-size", 32)
+    assert "does not exist: give the path of an image" in refuse(at_work, *plain, "--container", "no.sif")
+    assert "there is no squeue here" in refuse(at_work, *plain[:-1])
+    at = ("launch", file, "--dry-run", "--site")
+    assert "which project pays" in refuse(at_work, *at, "payed")
+    assert f"run it here: eurollm train {file} --steps 3" in refuse(at_work, *at, "local", "--steps", 3)
+
+
+def test_a_run_that_is_complete_is_not_launched(file, study):  # noqa: F811
+    (study.proxy.run / "checkpoints" / "12").mkdir(parents=True)
+    said = run_command("launch", file, "--site", "test", "--dry-run")
+    assert "from step 12 of 12" in said.out
+    (study.proxy.run / "evaluation.json").write_text("{}")
+    said = run_command("launch", file, "--site", "test")
+    assert said.status == 0
+    assert "is complete: all 12 steps" in said.out
+
+
+def test_a_study_is_an_array_of_its_ensembles_and_what_follows(at_work, study_file):
+    said = run_command("launch", "study", "--site", "test", study_file, "--dry-run")
+    assert (said.status, said.err) == (0, "")
+    array, last = said.out.split("#!/bin/bash\n")[1:]
+    words, options = steps_of(array)
+    assert words == ["ablate", "--ensembles", "$SLURM_ARRAY_TASK_ID/1", "--time-limit", "$time_limit", str(study_file)]
+    assert (options["array"], options["nodes"], options["ntasks-per-node"]) == ("0-0", "1", "1")
+    assert steps_of(last)[0] == ["ablate", "--time-limit", "$time_limit", str(study_file)]
+    assert "has 1 ensembles on a node: take 1 to 1" in refuse(
+        at_work, "launch", "study", "--site", "test", study_file, "--tasks", 2
+    )
+
+
+def test_a_corpus_is_an_array_of_tasks_and_the_one_that_seals_it(at_work, tokenizer, corpus_dir):
+    prepare = (f"{corpus_dir}/*.jsonl", "--tokenizer", tokenizer.model_path.parent, "--out", "it's a store")
+    options = ("--site", "test", "--tasks", 4, "--partition", "cpus", "--cores", 3)
+    said = run_command("launch", "corpus", *options, "--dry-run", "--", *prepare)
+    assert (said.status, said.err) == (0, "")
+    array, last = said.out.split("#!/bin/bash\n")[1:]
+    words, directives = steps_of(array)
+    assert words == ["corpus", "prepare", "--task", "$SLURM_ARRAY_TASK_ID", "--of", "4", *map(str, prepare)]
+    assert (directives["array"], directives["partition"], directives["cpus-per-task"]) == ("0-3", "cpus", "3")
+    assert "XLA_FLAGS" not in array
+    assert steps_of(last)[0] == ["corpus", "finalize", "it's a store"]
+    assert "--task and --of are given to each job" in refuse(
+        at_work, "launch", "corpus", *options, "--", *prepare, "--task", 0, "--of", 4
+    )
+    assert run_command("launch", "corpus", "--site", "test", "--tasks", 4).status == 2
+
+
+def test_help_comes_at_once_and_says_what_there_is():
+    code = "import sys; from eurollm_jax.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += f"print([name for name in {SLOW_IMPORTS} if name in sys.modules])"
+    for words in (["launch", "--help"], ["launch", "corpus", "--help"], ["launch", "study", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert "--dry-run" in done.stdout
+
+
+def test_a_corpus_is_prepared_by_its_jobs(at_work, tokenizer, corpus_dir, store, monkeypatch):
+    with Cluster(at_work / "slurm", monkeypatch) as cluster:
+        prepare = (corpus_dir, "--tokenizer", tokenizer.model_path.parent, "--out", at_work / "out")
+        said = run_command("launch", "corpus", "--site", "test", "--tasks", 3, "--cores", 1, "--", *prepare)
+        assert said.status == 0, said.err
+        logs = "".join(path.read_text() for path in (at_work / "out.launch/logs").glob("*.out"))
+        assert [job["state"] for job in cluster.ended()] == ["COMPLETED"] * 4, logs
+    assert (at_work / "out/manifest.json").read_bytes() == (store.path / "manifest.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_study_is_trained_by_its_jobs(at_work, study, study_file, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("XLA_FLAGS", flags(2))
+    with Cluster(at_work / "slurm", monkeypatch) as cluster:
+        quick = "analysis=Analysis(bootstraps=20, folds=3, starts=2)"
+        study_file.write_text(f"{study_file.read_text()}STUDY = dataclasses.replace(STUDY, at_once=3, {quick})\n")
+        said = run_command("launch", "study", study_file, "--site", "test", "--follow")
+        assert said.status == 0, said.err + said.out
+        assert [job["state"] for job in cluster.ended()] == ["COMPLETED"] * 5
+    assert (study.folder / "report.html").is_file()
+    assert len(list((study.folder / "proxies").glob("*/ensemble.json"))) == 4

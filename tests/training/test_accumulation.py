@@ -74,9 +74,12 @@ def alone():
     [
         ("dense", None, 8),
         ("dense", MeshConfig(data=2, fsdp=2, tensor=2), 2),
+        ("dense", MeshConfig(data=1, fsdp=4, tensor=2), 2),
+        ("dense", MeshConfig(data=1, tensor=2, context=4), 4),
+        ("mixture", MeshConfig(data=1, fsdp=2, expert=4), 2),
         ("mixture", MeshConfig(replica=2, data=2, expert=2), 2),
     ],
-    ids=["one-device", "data-fsdp-tensor", "replica-data-expert"],
+    ids=["one-device", "data-fsdp-tensor", "fsdp-tensor", "context-tensor", "fsdp-expert", "replica-data-expert"],
 )
 def test_micro_batches_train_as_the_batch_does(kind, mesh, accumulate, alone):
     layout = Layout(MeshConfig().build(jax.devices()[:1]) if mesh is None else mesh.build())

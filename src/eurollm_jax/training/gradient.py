@@ -55,9 +55,11 @@ def mean_gradient(
         whole, (nats, routing) = gradient(params, batch, predicted, real, layout)
         return whole, nats, routing
 
+    copies = COPIES if layout.splitting(COPIES) else ()
+
     def of_copy(params: Params, batch: Batch, predicted: Array, real: Array) -> tuple[Any, Array]:
         """Of the rows that one copy of the model has, added up over the copies."""
-        inner = layout.inside()
+        inner = layout.inside() if copies else layout
         ways, of_params = inner.ways("batch"), inner.parameters(specs(config))
 
         def split(x: Array) -> Array:  # [B, ...] -> [micro-batches, B / micro-batches, ...]
@@ -69,14 +71,17 @@ def mean_gradient(
             return jnp.moveaxis(parts, 0, 1).reshape(-1, *x.shape[2:])
 
         def add(sums: Any, rows: Batch) -> tuple[Any, Array]:
-            slope, (nats, routing) = gradient(params, rows, predicted, real, inner, COPIES)
+            slope, (nats, routing) = gradient(params, rows, predicted, real, inner, copies)
             slope = jax.lax.with_sharding_constraint(slope, of_params)
             return jax.tree.map(jnp.add, sums, (slope, routing)), nats
 
         zeros = jax.tree.map(jnp.zeros_like, params), _no_routing(config)
         sums, nats = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-        return jax.lax.psum(sums, COPIES), join(nats)
+        return jax.lax.psum(sums, copies), join(nats)
 
+    if not copies:  # the compiler refuses a `shard_map` over axes of one device around a model that is split
+        (slope, routing), nats = of_copy(params, batch, predicted, real)
+        return slope, nats, routing
     everywhere, of_copies = PartitionSpec(), PartitionSpec(COPIES)
     in_copies = jax.shard_map(
         of_copy,

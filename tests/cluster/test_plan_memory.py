@@ -1,0 +1,175 @@
+"""A plan's bytes against the compiled step of a run, against closed forms, and against what a process takes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eurollm_jax.cluster.plan.child import Request, compile_elsewhere
+from eurollm_jax.cluster.plan.memory import kept_by_layers, state_bytes, temporaries
+from eurollm_jax.model.param import count, flatten
+from eurollm_jax.model.transformer import specs
+from eurollm_jax.parallel.mesh import Layout, MeshConfig
+from eurollm_jax.training.optimizer import Lion, Muon
+from eurollm_jax.training.step import build_program
+from tests.cluster.plans import MIXED, experiment, with_model
+
+FIVE = {
+    "data": experiment(mesh=MeshConfig(data=8)),
+    "fsdp": with_model(experiment(mesh=MeshConfig(data=1, fsdp=8), ema=0.99), remat="full"),
+    "tensor": with_model(experiment(mesh=MeshConfig(data=2, tensor=4), optimizer=Muon()), remat="attention"),
+    "fsdp and tensor": with_model(
+        experiment(mesh=MeshConfig(data=2, fsdp=2, tensor=2), accumulate=2), attention_kernel="blockwise", remat="dots"
+    ),
+    "experts": experiment(MIXED, mesh=MeshConfig(data=1, expert=2, context=2, fsdp=2), optimizer=Lion()),
+}
+
+
+@pytest.fixture(scope="module")
+def planned():
+    request = Request(tuple((one, one.batch_size) for one in FIVE.values()), "cpu", 8, 4)
+    return dict(zip(FIVE, compile_elsewhere(request), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIVE)
+def test_bytes_are_those_of_the_step_that_a_run_compiles(name, planned):
+    one = FIVE[name]
+    layout = Layout(one.mesh.build())
+    program = build_program(
+        one.model,
+        layout,
+        one.optimizer.build(one.schedule.build(one.steps), specs(one.model)),
+        batch_sizes=one.batch_sizes.sizes,
+        token_bytes=np.arange(one.model.vocab_size, dtype=np.int32),
+        sources=5,
+        z_loss=one.z_loss,
+        ema=one.ema,
+        length=one.data.sequence_length,
+        accumulate=one.accumulate,
+        skip=one.skip,
+    )
+    memory = program.compile_train(one.batch_size, one.data.sequence_length).memory_analysis()
+    plan = planned[name]
+    assert plan.arguments == pytest.approx(memory.argument_size_in_bytes, rel=0.02)
+    assert plan.temporaries == pytest.approx(memory.temp_size_in_bytes, rel=0.02)
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert plan.peak == pytest.approx(taken, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIVE)
+def test_state_has_the_bytes_of_the_closed_form(name, planned):
+    one, plan = FIVE[name], planned[name]
+    assert state_bytes(one, plan.mesh) == plan.state
+    own = one.mesh
+    weights = flatten(specs(one.model))
+    fsdp = {"layers": 1, "embed": own.fsdp, "heads": own.tensor, "kv_heads": own.tensor, "mlp": own.tensor}
+    fsdp |= {"vocab": own.tensor, "experts": own.expert, "head_dim": 1, "slope": 1}
+    of_weights = sum(4 * spec.size // math.prod(fsdp[axis] for axis in spec.axes) for spec in weights.values())
+    assert plan.state.parameters == of_weights
+    moments = {"AdamW": 2, "Lion": 1}.get(type(one.optimizer).__name__)
+    if moments is not None:
+        assert plan.state.optimizer == pytest.approx(moments * of_weights, abs=16)
+    assert plan.state.average == (of_weights if one.ema else 0)
+
+
+def test_all_devices_together_hold_one_checkpoint():
+    one = FIVE["data"]
+    whole = state_bytes(one, dict.fromkeys(("replica", "data", "fsdp", "expert", "context", "tensor"), 1))
+    parameters = count(specs(one.model))
+    assert whole.parameters == 4 * parameters
+    assert whole.optimizer == pytest.approx(8 * parameters, abs=16)
+
+
+def test_what_layers_keep_has_its_closed_form():
+    c = with_model(experiment(), remat="full", compute="bfloat16", attention_kernel="blockwise").model
+    kept = kept_by_layers(c, 64, "cuda")
+    deeper = kept_by_layers(with_model(experiment(c), depth=2 * c.depth).model, 64, "cuda")
+    assert deeper.stream - kept.stream == c.depth * 64 * c.width * 2  # beside tables and the last norm
+    attention = kept_by_layers(with_model(experiment(c), remat="attention").model, 64, "cuda")
+    heads = c.depth * 64 * ((2 * c.heads + 2 * c.kv_heads) * c.head_dim * 2 + 4 * c.heads)
+    assert attention.heads - kept.heads == pytest.approx(heads, rel=0.01)
+    nothing = kept_by_layers(with_model(experiment(c), remat="none").model, 64, "cuda")
+    assert nothing.on(_MESH, 1) > kept_by_layers(with_model(experiment(c), remat="dots").model, 64, "cuda").on(_MESH, 1)
+
+
+_MESH = dict.fromkeys(("replica", "data", "fsdp", "expert", "context", "tensor"), 1)
+
+
+GROWTH = """
+import json, sys, pickle
+import jax, numpy as np
+from eurollm_jax.cluster.plan.child import compiled, program_of
+from eurollm_jax.data.batch import Batch
+from eurollm_jax.parallel.mesh import Layout
+
+def read(name):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+
+one = pickle.loads(open(sys.argv[1], "rb").read())
+plan = compiled(one, one.batch_size, "cpu", 8)
+layout = Layout(one.mesh.build())
+program = program_of(one, layout)
+length = one.data.sequence_length
+step = program.compile_train(one.batch_size, length)
+shape = one.batch_size, length
+tokens = np.random.default_rng(0).integers(0, one.model.vocab_size, shape).astype(np.int32)
+whole = np.ones(shape, np.int32)
+places = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+batch = layout.place_rows(Batch(tokens, tokens, whole, places, whole > 0, np.zeros(len(tokens), np.int32)))
+before = read("VmRSS:")
+state = jax.tree.map(
+    lambda leaf: jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda at, leaf=leaf: np.full(
+            leaf.sharding.shard_shape(leaf.shape), 1e-3 if leaf.dtype == np.float32 else 0, leaf.dtype)),
+    program.state,
+)
+for _ in range(2):
+    state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+print(json.dumps({"growth": read("VmHWM:") - before, "predicted": 8 * (plan.peak - plan.batch)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "remat"), [(MeshConfig(data=2, fsdp=4), "full"), (MeshConfig(data=1, fsdp=4, tensor=2), "none")], ids=str
+)
+def test_the_predicted_peak_is_what_a_process_grows_by(mesh, remat, tmp_path):
+    import dataclasses
+    import pickle
+
+    from eurollm_jax.model.config import Gated
+
+    one = experiment(length=512, rows=16, mesh=mesh)
+    one = with_model(one, vocab_size=8000, width=768, heads=12, kv_heads=4, head_dim=64, depth=6, remat=remat)
+    one = with_model(one, mlp=Gated(2048), attention_kernel="blockwise")
+    asked = Path(tmp_path, "experiment")
+    asked.write_bytes(pickle.dumps(dataclasses.replace(one)))
+    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    process = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(asked)], env=environment, capture_output=True, text=True, check=True
+    )
+    measured = json.loads(process.stdout.splitlines()[-1])
+    assert measured["growth"] > 1 << 30
+    assert measured["predicted"] == pytest.approx(measured["growth"], rel=0.15)
+
+
+def test_temporaries_follow_the_batch_and_the_policy():
+    mesh = {**_MESH, "data": 8}
+    base = with_model(experiment(mesh=MeshConfig(data=8), rows=64), compute="bfloat16", remat="none")
+
+    def total(one):
+        return temporaries(one, mesh, one.batch_size, "cuda").activations
+
+    assert total(with_model(base, remat="full")) < total(with_model(base, remat="attention")) < total(base)
+    half = temporaries(base, mesh, 32, "cuda").activations
+    assert half < total(base) < 2.01 * half

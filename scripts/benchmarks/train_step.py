@@ -6,8 +6,8 @@ All train the same Llama (RMSNorm, rotary positions, grouped queries, SwiGLU, un
 tokens, one document a row, with AdamW (0.9, 0.95, decay 0.1), gradients clipped to norm 1, no z-loss, products in
 bfloat16. Each is a process of its own that stays alive and trains a few steps when it is told to; the others wait
 meanwhile and take no processor time. In each round all take a turn, in one order and then in the other. Of a turn of
-several steps the first does not count. Whose step takes above 15 s trains one a turn, in the first and the last round.
-A step ends when the new state is there.
+several steps the first two do not count: who waits gives its freed memory back, and fetches it again in them. Whose
+step takes above 15 s trains one a turn, in the first and the last round. A step ends when the new state is there.
 
 - eurollm_jax: `build_program(...).compile_train`, weights and moments in float32, nothing recomputed unless --remat
   says so (the library's default is "full"). "packed" are the same rows cut into documents of 170 tokens on average.
@@ -50,6 +50,7 @@ SIZES = {
 }
 
 TURN = 8.0  # seconds that a turn's steps should fill
+WAKING = 2  # steps of a turn that do not count
 SLOW = 15.0  # seconds of a step
 
 OURS, TORCH, MAXTEXT, LEVANTER = "eurollm_jax", "torch", "MaxText", "Levanter"
@@ -169,9 +170,9 @@ def turn(worker: Worker, form: str, *, at_the_edge: bool) -> None:
         if at_the_edge:
             worker.steps[form] += train(worker, form, 1)
         return
-    steps = train(worker, form, 1 + min(5, max(1, round(TURN / usual))))
-    worker.warm[form] += steps[:1]
-    worker.steps[form] += steps[1:]
+    steps = train(worker, form, WAKING + min(5, max(1, round(TURN / usual))))
+    worker.warm[form] += steps[:WAKING]
+    worker.steps[form] += steps[WAKING:]
 
 
 def end(worker: Worker) -> None:

@@ -1,19 +1,19 @@
-"""The doctor's judgements, each on what was planted for it: installations, hosts, folders, and figures of processes."""
+"""The doctor's judgements, each on what was planted for it: installations, and figures of processes."""
 
 import importlib
 import importlib.metadata
-import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from eurollm_jax.cli import main
-from eurollm_jax.cluster.doctor import checks, compare, devices, examine, host, rendezvous, scratch, shared, versions
+from eurollm_jax.cluster.doctor import checks, compare, examine, rendezvous, versions
 from eurollm_jax.cluster.doctor.finding import Finding, Report, failed, passed
 from eurollm_jax.cluster.doctor.meeting import Meeting
 from eurollm_jax.cluster.doctor.table import LINES, rows, status_of, summary
@@ -102,192 +102,6 @@ def test_a_wrong_cudnn_is_told_and_a_machines_own_is_not_missed(planted):
     distribution(planted, "nvidia-cudnn-of-a-test", "9.1.0")
     importlib.invalidate_caches()
     assert "nvidia-cudnn-of-a-test 9.1.0, needed is" in versions.plugins("cuda").seen
-
-
-# --------------------------------------------------------------------------------------------------------------- hosts
-
-NVRM = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (root@b)  Thu\nGCC version: 13\n"
-
-
-def a_host(folder, nvidia=None, amd=None):
-    if nvidia:
-        (folder / "proc/driver/nvidia").mkdir(parents=True)
-        (folder / "proc/driver/nvidia/version").write_text(NVRM.format(nvidia))
-    if amd is not None:
-        (folder / "dev").mkdir()
-        (folder / "dev/kfd").touch()
-        (folder / "sys/module/amdgpu").mkdir(parents=True)
-        (folder / "sys/module/amdgpu/version").write_text(f"{amd}\n")
-    return folder
-
-
-DRIVERS = [
-    ({"nvidia": "580.65.06"}, "cuda", 13, "pass", "580.65.06"),
-    ({"nvidia": "550.54.15"}, "cuda", 13, "fail", "needs 580"),
-    ({"nvidia": "550.54.15"}, "cuda", 12, "pass", "550.54.15"),
-    ({}, "cuda", 13, "fail", "--nv"),
-    ({"amd": "6.12.12"}, "rocm", None, "pass", "amdgpu 6.12.12"),
-    ({"amd": ""}, "rocm", None, "pass", "of the kernel"),
-    ({"nvidia": "580.65.06"}, "rocm", None, "fail", "/dev/kfd"),
-    ({}, None, None, "pass", "no accelerator"),
-]
-
-
-@pytest.mark.parametrize(("there", "expected", "cuda", "status", "said"), DRIVERS)
-def test_drivers(tmp_path, there, expected, cuda, status, said):
-    (found,) = host.driver(expected, cuda, a_host(tmp_path, **there))
-    assert (found.status, said in f"{found.seen} {found.remedy}") == (status, True), found
-
-
-SOCKETS = [
-    ("hsn", "pass"),
-    ("hsn0,hsn1", "pass"),
-    ("=hsn0", "pass"),
-    ("=hsn", "fail"),
-    ("ib0", "fail"),
-    ("hsn0,ib0", "warn"),
-    ("^lo,docker", "pass"),
-    ("^hsn,eth,lo", "fail"),
-]
-
-
-@pytest.mark.parametrize(("chosen", "status"), SOCKETS)
-def test_network_interfaces_are_those_of_the_host(chosen, status):
-    (found,) = host.interfaces({"NCCL_SOCKET_IFNAME": chosen}, ["lo", "hsn0", "hsn1", "eth0"])
-    assert found.status == status, found
-
-
-def test_the_sites_variables():
-    site = replace(SITE["lumi"], environment={"A": "1", "B": "$HOME/x", "XLA_FLAGS": "--xla_y"})
-    assert host.site_variables(site, {"A": "1", "B": "/x"}).status == "pass"
-    found = host.site_variables(site, {"A": "2"})
-    assert found.status == "warn"
-    assert "B is not set" in found.seen
-    assert "A=2, the site has 1" in found.seen
-    assert found.remedy == "export A=1 B=$HOME/x"
-
-
-def test_processes_are_counted_as_their_launcher_does():
-    step = {"SLURM_STEP_NODELIST": "nid[1-2]", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    assert host.started_as(step) == (5, 8)
-    assert host.local_number(step) == 1
-    assert host.started_as({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == (0, 1)  # a batch script
-    assert host.started_as({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", **step}) == (3, 4)
-    assert host.started_as({}) == (0, 1)
-
-
-def test_flags_of_the_compiler_that_are_not_set():
-    assert devices.flags_finding("cpu", {}).status == "pass"
-    found = devices.flags_finding("cuda", {"XLA_FLAGS": "--xla_some_flag=1"})
-    assert found.status == "warn"
-    given = " ".join(str(flag) for flag in devices.FLAGS["rocm"])
-    assert devices.flags_finding("rocm", {"XLA_FLAGS": f"--xla_some_flag=1 {given}"}).status == "pass"
-
-
-# ------------------------------------------------------------------------------------------------------------- folders
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from eurollm_jax.cluster.doctor.scratch import scratch_findings
-print(json.dumps([vars(finding) for finding in scratch_findings(Path(sys.argv[1]), 8 << 20)]))
-"""
-
-
-def findings_of(folder, before=""):
-    """Of a folder, in a process that has done something `before`, such as mounting a file system there."""
-    command = [sys.executable, "-c", SCRIPT, str(folder)]
-    if before:
-        command = ["unshare", "-Urm", "sh", "-c", f'{before} "$1" && exec "$0" -c "$2" "$1"', sys.executable]
-        command += [str(folder), SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return {finding["check"]: finding for finding in json.loads(done.stdout)}
-
-
-@pytest.fixture
-def mounts(tmp_path):
-    tried = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True)
-    if tried.returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    return tmp_path
-
-
-def test_a_sound_folder_passes_and_keeps_nothing(tmp_path):
-    found = {finding.check: finding for finding in scratch.scratch_findings(tmp_path, 1 << 20)}
-    assert tuple(found) == scratch.CHECKS
-    assert {found[check].status for check in scratch.CHECKS if check != "scratch room"} == {"pass"}
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_read_only(mounts):
-    found = findings_of(mounts, "mount -t tmpfs -o ro tmpfs")
-    assert found["scratch writable"]["status"] == "fail"
-    assert "read-only file system" in found["scratch writable"]["seen"]
-    assert found["scratch locks"]["status"] == "not checked"
-
-
-def test_a_disk_without_room(mounts):
-    found = findings_of(mounts, "mount -t tmpfs -o size=2m tmpfs")
-    assert found["scratch writable"]["status"] == "fail"
-    assert "no space left on device" in found["scratch writable"]["seen"]
-    assert "quota" in found["scratch writable"]["remedy"]
-    assert found["scratch room"]["status"] == "warn"
-    assert found["scratch renames"]["status"] == "pass"
-
-
-def test_room_for_few_files_only(mounts):
-    found = findings_of(mounts, "mount -t tmpfs -o size=50m,nr_inodes=50 tmpfs")
-    assert found["scratch writable"]["status"] == "pass"
-    assert "more files only" in found["scratch room"]["seen"]
-
-
-def test_a_folder_that_is_not_there_or_not_known(tmp_path):
-    (found, *others) = scratch.scratch_findings(tmp_path / "none", 1)
-    assert found.status == "fail"
-    assert found.remedy.startswith("mkdir -p")
-    assert {other.status for other in others} == {"not checked"}
-    site = replace(SITE["lumi"], scratch="/scratch/$SLURM_JOB_ACCOUNT/${USER}")
-    assert scratch.scratch_folder(tmp_path, site, {}) == tmp_path
-    assert str(scratch.scratch_folder(None, site, {"SLURM_JOB_ACCOUNT": "p1", "USER": "me"})) == "/scratch/p1/me"
-    assert "SLURM_JOB_ACCOUNT" in scratch.scratch_folder(None, site, {"USER": "me"}).seen
-
-
-def test_renames_that_are_not_whole_are_seen(tmp_path, monkeypatch):
-    def copied(partial, path):
-        path.write_bytes(b"")
-        time.sleep(0.002)
-        path.write_bytes(partial.read_bytes())
-
-    monkeypatch.setattr(scratch.Path, "replace", copied)
-    assert "seen as it should never be" in scratch.renames(tmp_path).seen
-
-
-def test_locks_that_keep_nobody_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch.fcntl, "flock", lambda file, how: None)
-    assert scratch.locks(tmp_path).status == "warn"
-
-    def refuse(file, how):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(scratch.fcntl, "flock", refuse)
-    assert "function not implemented" in scratch.locks(tmp_path).seen
-
-
-def test_a_file_server_with_another_clock():
-    assert scratch.dated_finding(0.2).status == "pass"
-    found = scratch.dated_finding(75.0)
-    assert (found.status, "75.0 s off" in found.seen) == ("warn", True)
-
-
-def test_whether_processes_share_their_folder(tmp_path):
-    with shared.hold(tmp_path) as held:
-        see = f"from eurollm_jax.cluster.doctor.shared import *; print(seen_by_another(Path({str(held)!r})).status)"
-        done = subprocess.run([sys.executable, "-c", see], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "pass"
-    found = shared.seen_by_another(held)
-    assert (found.status, "does not hold" in found.seen) == ("fail", True)
-    held.touch()  # there, and its lock does not reach
-    assert shared.seen_by_another(held).status == "warn"
 
 
 # ----------------------------------------------------------------------------------------------------- many processes
@@ -541,7 +355,9 @@ def test_a_probe_that_never_answers_is_ended(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--seconds", "0"], "give a second at least"),
+        (["--seconds", "0"], "give 1 to 86400"),
+        (["--seconds", "nan"], "give 1 to 86400"),
+        (["--seconds", "inf"], "give 1 to 86400"),
         (["--coordinator", "here:1", "--processes", "2"], "belong together"),
         (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "from 0 to 1"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "write it as host:port"),
@@ -551,6 +367,15 @@ def test_a_probe_that_never_answers_is_ended(monkeypatch, tmp_path):
 def test_options_that_cannot_be(options, said, capsys):
     assert main(["doctor", *options]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_what_an_import_of_jax_may_take_is_said(capsys):
+    """Of the options' text and of the document: both name the constant."""
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    assert f"two stages' time and {examine.PATIENCE:g} seconds more" in " ".join(capsys.readouterr().out.split())
+    document = Path(__file__).parents[2] / "docs/doctor.md"
+    assert f"it is ended after 2 N + {examine.PATIENCE:g} seconds" in " ".join(document.read_text().split())
 
 
 def test_the_command_itself_does_without_jax(tmp_path):

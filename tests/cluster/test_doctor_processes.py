@@ -131,6 +131,15 @@ def test_a_driver_that_never_answers(doctors):
     assert said.row("products")["status"] == "not checked"
 
 
+@pytest.mark.slow
+def test_two_names_of_the_share_of_memory_where_only_gpus_are_asked_for(doctors):
+    """JAX then says no more than that there are none."""
+    both = dict.fromkeys(("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"), "0.9")
+    said = doctors.alone(environment={"JAX_PLATFORMS": "cuda", **both})
+    assert said.row("backend")["status"] == "fail"
+    assert said.row("backend")["remedy"].startswith("unset XLA_CLIENT_MEM_FRACTION or XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
 def test_a_flag_that_the_compiler_does_not_know(doctors):
     """It ends the process that asks for devices."""
     said = doctors.alone(environment={"XLA_FLAGS": "--xla_no_such_flag=1"})

@@ -9,6 +9,7 @@ from eurollm_jax.cli.arguments import Subcommands, command
 from eurollm_jax.errors import UserError
 
 SECONDS = 120.0
+DAY = 86400.0
 
 
 def add(commands: Subcommands) -> None:
@@ -24,7 +25,8 @@ def add(commands: Subcommands) -> None:
         type=float,
         default=SECONDS,
         metavar="N",
-        help=f"that one stage, and the wait for other processes, may take (default: {SECONDS:g})",
+        help=f"that one stage, and the wait for other processes, may take (default: {SECONDS:g}); the import of jax,"
+        " and devices whose start holds up the whole process, may take two stages' time and 120 seconds more",
     )
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write all findings there, too")
     doctor.add_argument(
@@ -42,8 +44,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from eurollm_jax.cluster.site_files import site_of
     from eurollm_jax.corpus.folders import write_json
 
-    if arguments.seconds < 1:
-        raise UserError(f"--seconds {arguments.seconds:g}: give a second at least.")
+    if not 1 <= arguments.seconds <= DAY:  # as nan is not
+        raise UserError(f"--seconds {arguments.seconds:g} is none that can be waited: give 1 to {DAY:g}.")
     site = None if arguments.site is None else site_of(arguments.site)
     question = Question(site, arguments.site, arguments.scratch, arguments.seconds, _by_hand(arguments))
     found = examine(question)

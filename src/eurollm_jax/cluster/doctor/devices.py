@@ -23,6 +23,7 @@ from eurollm_jax.parallel.flags import FLAGS, FRACTION_VARIABLE, JAX_FRACTION, M
 from eurollm_jax.parallel.hardware import Backend, chip_of
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 
+NEWER_VARIABLE = "XLA_CLIENT_MEM_FRACTION"  # jaxlib's newer name of FRACTION_VARIABLE
 WINDOWS, WINDOW_SECONDS = 3, 0.3  # of products on one device; the best window counts
 MEMORY_SHARE = 0.9  # of what the site's profile says that must be there: drivers and ECC keep some per cent
 MODEL = TransformerConfig(
@@ -63,9 +64,18 @@ def backend_finding(site: Site | None, accelerators: Sequence[Backend], said: Se
         remedy = f"unset JAX_PLATFORMS, which is {forced}"
     elif wanted == "cpu":
         remedy = "choose the site that has these devices, or set JAX_PLATFORMS=cpu"
+    elif clash := fractions_clash(os.environ):
+        remedy = clash
     else:
         remedy = f'pip install "eurollm_jax[{wanted}]", and see what JAX says where the plug-in is there'
     return failed("backend", f"{here}, and {wanted} is wanted{why}", remedy)
+
+
+def fractions_clash(environment: Mapping[str, str]) -> str:
+    """What to do where both names of the share of memory are set, since jaxlib then takes no GPU; else empty."""
+    if environment.get(FRACTION_VARIABLE) and environment.get(NEWER_VARIABLE):
+        return f"unset {NEWER_VARIABLE} or {FRACTION_VARIABLE}: jaxlib refuses GPUs where both are set"
+    return ""
 
 
 def library_errors() -> list[str]:
@@ -106,7 +116,7 @@ def memory_finding(site: Site | None) -> Finding:
     known = [limit for limit in limits if limit]
     if not known:
         return unchecked("device memory", "the backend does not tell it")
-    asked = os.environ.get(FRACTION_VARIABLE) or os.environ.get("XLA_CLIENT_MEM_FRACTION")
+    asked = os.environ.get(FRACTION_VARIABLE) or os.environ.get(NEWER_VARIABLE)
     share = float(asked) if asked else JAX_FRACTION
     least = min(known)
     seen = f"JAX may use {least / 2**30:.1f} GiB, {share:.0%} of {least / share / 2**30:.1f} GiB"

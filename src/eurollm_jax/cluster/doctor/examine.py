@@ -24,7 +24,8 @@ from eurollm_jax.cluster.site import Site
 from eurollm_jax.parallel.hardware import Backend
 
 FIRST_BYTES, OTHER_BYTES = 64 << 20, 1 << 20  # written as a trial, by the first process of a host and by others
-PATIENCE = 120.0  # seconds beyond two stages' that the probe may be silent: an import from a busy file system
+PATIENCE = 120.0  # seconds beyond two stages' that the probe may be silent: an import from a busy file system;
+# docs/doctor.md and --help say so
 PIPES: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 LAST_WORDS = 600  # characters of what a probe that has died said
 

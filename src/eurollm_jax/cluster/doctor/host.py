@@ -1,5 +1,6 @@
 """What a node gives a process: drivers, variables, limits, network interfaces. Nothing here needs jax."""
 
+import ctypes
 import os
 import re
 import resource
@@ -16,14 +17,19 @@ from eurollm_jax.parallel.hardware import Backend
 # The oldest driver that runs programs of a CUDA release by NVIDIA's rule of minor-version compatibility:
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 OLDEST_DRIVER: Mapping[int, int] = {12: 525, 13: 580}
+# Libraries in front of an older driver's, for GPUs of data centers, in packages cuda-compat-MAJOR-MINOR:
+FORWARD = "https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html"
 IN_USE = 2 << 30  # bytes of a device's memory before we begin, above which another program computes there
 FILES = 4096  # that one process may open: process 0 keeps a connection to each of the others
 SOCKET_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 QUERY_SECONDS = 30
 
 
-def driver(expected: Backend | None, cuda: int | None, root: Path = Path("/")) -> list[Finding]:
-    """The kernel's driver of the accelerators; `cuda` is the release that jax's plug-in is built for."""
+def driver(
+    expected: Backend | None, cuda: int | None, root: Path = Path("/"), libcuda: str = "libcuda.so.1"
+) -> list[Finding]:
+    """The kernel's driver of the accelerators; `cuda` is the release that jax's plug-in is built for, and `libcuda`
+    the library of the driver's that programs load, which may be newer than the kernel's part."""
     nvidia, amd = nvidia_driver(root), amd_driver(root)
     there = [f"NVIDIA {nvidia}"] * bool(nvidia) + [f"amdgpu {amd}"] * bool(amd)
     if expected == "cuda" and nvidia is None:
@@ -34,14 +40,28 @@ def driver(expected: Backend | None, cuda: int | None, root: Path = Path("/")) -
         return [failed("driver", f"no AMD driver on this host{', but ' + there[0] if there else ''}", remedy)]
     oldest = OLDEST_DRIVER.get(cuda) if cuda is not None else None
     if nvidia and cuda and oldest and int(nvidia.partition(".")[0]) < oldest:
+        if (library_release(libcuda) or 0) >= cuda:
+            seen = f"NVIDIA {nvidia}, with forward-compatibility libraries for CUDA {cuda}"
+            return [passed("driver", seen)]
         return [
             failed(
                 "driver",
                 f"NVIDIA {nvidia}; jax's plug-in is built for CUDA {cuda}, which needs {oldest} or newer",
-                f"a newer driver, or a plug-in for CUDA {cuda - 1}",
+                f"a driver of series {oldest} or newer, which the site installs; on GPUs of data centers a container"
+                f" with NVIDIA's forward-compatibility libraries (cuda-compat-{cuda}-*) may do: {FORWARD}",
             )
         ]
     return [passed("driver", ", ".join(there) or "none: no accelerator")]
+
+
+def library_release(libcuda: str) -> int | None:
+    """The newest major release of CUDA that the driver's library speaks, as it says; None without one."""
+    release = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL(libcuda).cuDriverGetVersion(ctypes.byref(release))
+    except (OSError, AttributeError):
+        return None
+    return release.value // 1000 if status == 0 else None
 
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:

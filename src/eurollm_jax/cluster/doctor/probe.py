@@ -178,7 +178,8 @@ class Probe:
             reasons = [*(() if hung else devices.library_errors()), *self._warnings.texts]
             said = f" ({reasons[0][:300]})" if reasons else ""
             remedy = "see the driver, and whether another program holds the devices; JAX_PLATFORMS=cpu leaves them out"
-            self._add(failed("backend", f"no device comes up: {why}{said}", remedy))
+            clash = devices.fractions_clash(os.environ)
+            self._add(failed("backend", f"no device comes up: {why}{said}", clash or remedy))
             return False
         import jax
 

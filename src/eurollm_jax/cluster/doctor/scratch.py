@@ -3,8 +3,8 @@
 import errno
 import fcntl
 import os
-import re
 import shutil
+import subprocess
 import threading
 import time
 import uuid
@@ -20,6 +20,7 @@ LITTLE = 20 * GIB  # free; a checkpoint of a model of 1.7 billion parameters wit
 FEW_FILES = 10_000  # that may still be made
 SKEW_SECONDS = 1.0  # between this host's clock and the one that dates files
 RENAMES = 50
+SHELL_SECONDS = 30  # for what a site's folder asks of the system: a group's name may come from the network
 CHECKS = ("scratch writable", "scratch room", "scratch renames", "scratch locks", "scratch clock")
 ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -30,11 +31,37 @@ def scratch_folder(named: Path | None, site: Site | None, environment: Mapping[s
         return named
     if site is None or site.scratch is None:
         return Path.cwd()
-    unset = [name for name in re.findall(r"\$\{?(\w+)", site.scratch) if name not in environment]
-    if unset:
-        why = f"the site's folder is {site.scratch}, and {', '.join(unset)} is not set"
-        return warned("scratch writable", why, "give --scratch DIR, or run inside a job")
-    return Path(re.sub(r"\$\{?(\w+)\}?", lambda name: environment[name[1]], site.scratch))
+    try:
+        return Path(expanded(site.scratch, environment))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines()
+        why = said[-1].rpartition("line 1: ")[2] if said else "that is no folder"
+    except subprocess.TimeoutExpired:
+        why = f"bash has not expanded it within {SHELL_SECONDS:g} s"
+    except OSError as error:
+        why = f"bash, which expands it, cannot be started: {error.strerror}"
+    seen = f"the site's folder is {site.scratch}: {why}"
+    return Finding("scratch writable", "not checked", seen, "give --scratch DIR, or run inside a job")
+
+
+def expanded(text: str, environment: Mapping[str, str]) -> str:
+    """As job scripts expand it: by bash, between double quotes, where a variable that is not set is an error.
+
+    Raises OSError or subprocess.SubprocessError where that gives no text, or not in time.
+    """
+    word = text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
+    script = f'set -eu; expanded="{word}"; test "$expanded"; printf %s "$expanded"'
+    variables = {name: value for name, value in environment.items() if name != "BASH_ENV"}  # it may print
+    shell = ["bash", "-c", script]
+    return subprocess.run(
+        shell,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SHELL_SECONDS,
+        check=True,
+    ).stdout
 
 
 def scratch_findings(folder: Path, probe_bytes: int) -> list[Finding]:

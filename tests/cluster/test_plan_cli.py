@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eurollm_jax.cli import main
 from eurollm_jax.cluster.plan.collectives import Collective
-from eurollm_jax.cluster.plan.plan import mesh_of, placed, plan
+from eurollm_jax.cluster.plan.plan import Memory, mesh_of, placed, plan, search
 from eurollm_jax.cluster.plan.search import meshes
+from eurollm_jax.cluster.plan.tables import verdict_words
 from eurollm_jax.cluster.plan.work import Phase, bound_of, checkpoint_of, phases, whole_run, work_of
 from eurollm_jax.cluster.site import Site
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.transformer import flops_per_token
 from eurollm_jax.parallel.hardware import Chip
-from eurollm_jax.parallel.mesh import MESH_AXES, MeshConfig
+from eurollm_jax.parallel.mesh import MESH_AXES, Layout, MeshConfig
 from tests.cluster.plans import experiment, with_model
 
 CHIP = Chip("Tiny", (), "cuda", 1e12, 1 << 20, 1e11, 100.0, "")
@@ -34,6 +39,8 @@ SITE = Site(
     pue=1.2,
 )
 ONE = dict.fromkeys(MESH_AXES, 1)
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("docs/plan.md", "experiments/eurollm_9b.py", "experiments/eurollm_22b.py")
 
 FILE = '''"""A question."""
 from tests.cluster.plans import experiment
@@ -60,7 +67,7 @@ def test_a_plan_is_printed_and_written_without_stores_or_tokenizer(file, tmp_pat
     plan = json.loads(figures.read_text())
     assert (plan["devices"], plan["nodes"], plan["mesh"]["data"], plan["remat"]) == (8, 2, 8, "full")
     assert plan["memory_of_a_device"]["parameters"] == 4 * plan["parameters"]
-    assert plan["memory_of_a_device"]["fits"]
+    assert plan["memory_of_a_device"]["verdict"] == "fits"
     assert plan["collectives"][0]["axes"] == ["data"]
     assert 0 < plan["share_of_peak"] < 1
 
@@ -70,6 +77,12 @@ def test_a_plan_is_printed_and_written_without_stores_or_tokenizer(file, tmp_pat
     [
         (["--mesh", "rows=8"], "'rows' is no axis of a mesh: choose from replica, data"),
         (["--mesh", "fsdp=many"], "fsdp=many must be a whole number"),
+        (["--mesh", "data=-5"], "data=-5 must be a whole number of devices: 1 or more, or -1 for what is left"),
+        (["--mesh", "data=0"], "data=0 must be a whole number of devices: 1 or more"),
+        (["--mesh", "data=²"], "data=² must be a whole number of devices: 1 or more"),
+        (["--mesh", "data=2,data=4"], "data is given twice: name each axis once"),
+        (["--mesh", "data=-1,fsdp=-1"], "data and fsdp are both -1: one axis alone"),
+        (["--json", "nowhere/plan.json"], "--json nowhere/plan.json: name a file in a folder that exists"),
         (["--nodes", "2", "--mesh", "data=3,fsdp=2"], "needs 6 devices, and there are 8"),
         (["--nodes", "2", "--devices", "9"], "--nodes 2 of Leonardo Booster have 8 devices, and --devices says 9"),
         (["--devices", "6"], "do not fill nodes of 4 on Leonardo Booster: take 4 or 8"),
@@ -84,16 +97,89 @@ def test_what_cannot_be_is_refused_in_a_sentence(options, told, file, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("options", [["--mesh", "data=0"], ["--json", "nowhere/plan.json"]])
+def test_what_cannot_be_starts_no_process(options, file, monkeypatch):
+    monkeypatch.setattr("subprocess.run", None)
+    assert main(["plan", "--site", "leonardo", *options, file]) == 1
+
+
+class Compiling(Exception):
+    """All that stands before the compiler was passed."""
+
+
+def shown():
+    """The arguments of each `eurollm plan` in the documents."""
+    text = "".join(Path(ROOT, name).read_text() for name in DOCUMENTS)
+    return re.findall(r"^ *eurollm plan (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", shown())
+def test_commands_of_the_documents_pass_up_to_the_compiler(line, monkeypatch):
+    def stop(request):
+        for one, rows in request.steps:
+            sizes = (*one.batch_sizes.until(one.total_rows).sizes, rows)
+            layout = Layout(one.mesh.build(range(request.devices)))
+            layout.require_batches(sizes, one.data.sequence_length)
+            assert not [size for size in sizes if size % (layout.ways("batch") * one.accumulate)], sizes
+        raise Compiling
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("eurollm_jax.cluster.plan.plan.compile_elsewhere", stop)
+    with pytest.raises(Compiling):
+        main(["plan", *shlex.split(line)])
+
+
+@pytest.mark.parametrize(
+    ("peak", "compiled", "exact", "verdict", "reason"),
+    [
+        (90, 100, False, "fits", "90% of it"),
+        (91, 50, False, "unsure", "91% of it, and the model may err by 10%"),
+        (25, 208, False, "unsure", "25% of it by the model; as compiled for this CPU, which widens bfloat16, it would"),
+        (101, 50, False, "does not fit", "101% of it"),
+        (100, 100, True, "fits", "100% of it"),
+        (101, 101, True, "does not fit", "101% of it"),
+    ],
+)
+def test_a_verdict_heeds_the_margin_and_what_was_compiled(peak, compiled, exact, verdict, reason):
+    memory = Memory(SimpleNamespace(peak=compiled), None, 100.0, 0.9, peak, exact)
+    assert memory.verdict == verdict
+    assert verdict_words(memory).startswith(reason)
+    assert dataclasses.replace(memory, budget=None).verdict is None
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5", "-0.5", "nan", "much"])
+def test_a_share_of_the_memory_is_above_none_and_at_most_all(fraction, monkeypatch):
+    monkeypatch.setattr("subprocess.run", None)
+    site = dataclasses.replace(SITE, environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": fraction})
+    for planned in (plan, search):
+        with pytest.raises(UserError, match=f"site four: XLA_PYTHON_CLIENT_MEM_FRACTION={fraction} must be"):
+            planned(experiment(), site, 4)
+
+
+def test_this_computer_is_one_node_of_what_is_asked_for(file, tmp_path, capsys):
+    figures = tmp_path / "plan.json"
+    assert main(["plan", "--devices", "2", "--json", str(figures), file]) == 0, capsys.readouterr().err
+    told = json.loads(figures.read_text())
+    assert (told["nodes"], told["devices"]) == (1, 2)
+    assert {one["nodes"] for one in told["collectives"]} == {1}
+    assert "between nodes" not in capsys.readouterr().out.replace("network between nodes", "")
+    assert main(["plan", "--nodes", "2", file]) == 1
+    assert "this computer is one node: say how many with --devices" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_would():
     tight = dataclasses.replace(SITE, chip=dataclasses.replace(CHIP, memory=2_300_000))
     big = with_model(experiment(rows=64, mesh=MeshConfig(data=8)), compute="bfloat16", attention_kernel="auto")
     made = plan(big, tight, 8)
-    assert made.memory.fits is False
+    assert made.memory.verdict == "does not fit"
     by_name = {remedy.what: remedy for remedy in made.remedies}
     assert {"fsdp=2", "remat=attention", "accumulate=2"} <= by_name.keys()
     assert all(remedy.peak < made.memory.peak for remedy in made.remedies if "memory" not in remedy.what)
-    assert all(remedy.fits == (remedy.peak <= made.memory.budget) for remedy in made.remedies if "=" in remedy.what)
+    for remedy in made.remedies:
+        if "=" in remedy.what:
+            assert (remedy.verdict == "does not fit") == (remedy.peak > made.memory.budget)
+            assert (remedy.verdict == "fits") == (remedy.peak <= 0.9 * made.memory.budget)
     assert by_name["fsdp=2"].options == "--mesh data=4,fsdp=2"
     sharper = plan(dataclasses.replace(big, mesh=mesh_of("data=4,fsdp=2")), tight, 8)
     assert sharper.memory.peak == pytest.approx(by_name["fsdp=2"].peak, rel=0.02)
@@ -106,6 +192,7 @@ def test_devices_follow_from_nodes_from_the_mesh_or_from_one_node():
     assert placed(one, SITE, None, None, None) == 4
     assert placed(one, SITE, None, None, mesh_of("data=2,fsdp=8")) == 16
     assert mesh_of("fsdp=4, tensor=2") == MeshConfig(fsdp=4, tensor=2)
+    assert mesh_of("fsdp=-1") == MeshConfig(data=1, fsdp=-1)
     with pytest.raises(UserError, match="do not fill nodes"):
         placed(one, SITE, None, 6, None)
 

@@ -11,7 +11,7 @@ from eurollm_jax.cluster.site import Site
 from eurollm_jax.model.param import count, flatten
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.hardware import Chip
-from eurollm_jax.parallel.mesh import MeshConfig
+from eurollm_jax.parallel.mesh import MESH_AXES, MeshConfig
 from tests.cluster.plans import experiment, with_model
 
 BASE = with_model(experiment(), compute="float32", remat="none")
@@ -23,10 +23,17 @@ CASES = {
         remat="full",
         attention_kernel="auto",
     ),
+    "fsdp in two": with_model(
+        dataclasses.replace(BASE, mesh=MeshConfig(data=1, fsdp=8), accumulate=2),
+        compute="bfloat16",
+        remat="full",
+        attention_kernel="auto",
+    ),
     "tensor": dataclasses.replace(BASE, mesh=MeshConfig(data=1, tensor=4)),
 }
 SITE = Site("eight", "Eight", Chip("E", (), "cuda", 1e12, 1 << 30, 1e12, 100.0, ""), 8, 8, None, "none")
 SUMS = 3 * SOURCES * 4 + 64  # bytes of the sums by source, and of scalars
+ONE = dict.fromkeys(MESH_AXES, 1)
 C, L, T, ROWS = BASE.model, BASE.model.depth, 64, 16
 
 
@@ -67,6 +74,16 @@ def test_fsdp_gathers_weights_twice_and_adds_gradients_up_in_parts(sent):
     assert of(found, "reduce-scatter", "f32") == share * 4 * head
     assert of(found, "all-to-all") == 2 * share * 2 * ROWS // 8 * T * C.width
     assert of(found, "all-reduce") < 2 * SUMS
+
+
+def test_the_head_is_gathered_once_for_all_micro_batches(sent):
+    """And the layers' weights and gains for each of them; each by itself, so that rounding hides none."""
+    share = 7 / 8
+    once, twice = (of(sent[name], "all-gather", "bf16") for name in ("fsdp", "fsdp in two"))
+    head, norm = flatten(specs(C))["head"].size, C.width
+    assert twice - share * 2 * head == pytest.approx(2 * (once - share * 2 * head), abs=share * 2 * 4 * norm)
+    modelled = modelled_collectives(CASES["fsdp in two"], {**ONE, "fsdp": 8}, ROWS, SITE)
+    assert of(modelled, "all-gather") == pytest.approx(twice, rel=0.05)
 
 
 def test_tensor_gathers_and_deals_out_the_residual_stream(sent):

@@ -1,5 +1,6 @@
 """A plan's bytes against the compiled step of a run, against closed forms, and against what a process takes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eurollm_jax.cluster.plan.child import Request, compile_elsewhere
-from eurollm_jax.cluster.plan.memory import kept_by_layers, state_bytes, temporaries
+from eurollm_jax.cluster.plan.child import Request, compile_elsewhere, program_of, update_temporaries
+from eurollm_jax.cluster.plan.memory import kept_by_layers, one_device, state_bytes, temporaries
 from eurollm_jax.model.param import count, flatten
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
-from eurollm_jax.training.optimizer import Lion, Muon
+from eurollm_jax.training.optimizer import AdamW, Lion, Muon
 from eurollm_jax.training.step import build_program
 from tests.cluster.plans import MIXED, experiment, with_model
 
@@ -144,7 +145,6 @@ print(json.dumps({"growth": read("VmHWM:") - before, "predicted": 8 * (plan.peak
     ("mesh", "remat"), [(MeshConfig(data=2, fsdp=4), "full"), (MeshConfig(data=1, fsdp=4, tensor=2), "none")], ids=str
 )
 def test_the_predicted_peak_is_what_a_process_grows_by(mesh, remat, tmp_path):
-    import dataclasses
     import pickle
 
     from eurollm_jax.model.config import Gated
@@ -161,6 +161,39 @@ def test_the_predicted_peak_is_what_a_process_grows_by(mesh, remat, tmp_path):
     measured = json.loads(process.stdout.splitlines()[-1])
     assert measured["growth"] > 1 << 30
     assert measured["predicted"] == pytest.approx(measured["growth"], rel=0.15)
+
+
+def test_the_head_stays_gathered_from_one_micro_batch_to_the_next():
+    one = with_model(experiment(rows=512), compute="bfloat16", remat="full", attention_kernel="blockwise")
+    twice = dataclasses.replace(one, accumulate=2)
+
+    def working(planned, rows, **mesh):
+        return temporaries(planned, {**_MESH, **mesh}, rows, "cuda").working
+
+    head = 2 * one.model.width * one.model.vocab_size
+    assert working(twice, 512, fsdp=8) - working(one, 256, fsdp=8) == head
+    assert working(twice, 512, data=8) == working(one, 256, data=8)
+
+
+@pytest.mark.parametrize(("optimizer", "least"), [(AdamW(), 1.0), (Muon(), 2.5)], ids=["AdamW", "Muon"])
+def test_the_update_is_the_fullest_moment_of_a_step_with_few_tokens(optimizer, least):
+    """AdamW has its clipped gradients beside the gradients; Muon products of all weights of a kind, too."""
+    one = experiment(optimizer=optimizer, length=16, rows=1)
+    one = with_model(one, remat="full", depth=8, width=256, mlp=dataclasses.replace(one.model.mlp, hidden=1024))
+    program = program_of(one, one_device("cpu"))
+    step = program.compile_train(1, 16).memory_analysis()
+    parameters, update = 4 * count(specs(one.model)), update_temporaries(one, program)
+    assert update >= least * parameters
+    assert parameters + update == pytest.approx(step.temp_size_in_bytes, rel=0.08)
+
+
+def test_the_update_is_a_moment_of_its_own():
+    one = experiment()
+    parameters = 4 * count(specs(one.model))
+    before = temporaries(one, _MESH, 16, "cuda")
+    assert temporaries(one, _MESH, 16, "cuda", update=before.total - parameters - 1) == before
+    fuller = temporaries(one, _MESH, 16, "cuda", update=2 * before.total)
+    assert fuller.total == parameters + 2 * before.total
 
 
 def test_temporaries_follow_the_batch_and_the_policy():

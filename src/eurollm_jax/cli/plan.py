@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eurollm_jax.cli.arguments import Subcommands, command, experiment_of, with_experiment
+from eurollm_jax.errors import UserError
 
 
 def add(commands: Subcommands) -> None:
@@ -40,6 +41,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from eurollm_jax.cluster.plan.plan import mesh_of, placed
     from eurollm_jax.cluster.site_files import site_of
 
+    if given.json is not None and (given.json.is_dir() or not given.json.parent.is_dir()):
+        raise UserError(f"--json {given.json}: name a file in a folder that exists.")
     site = site_of(given.site)
     mesh = None if given.mesh is None else mesh_of(given.mesh)
     experiment, _ = experiment_of(arguments)

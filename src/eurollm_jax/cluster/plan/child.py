@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from eurollm_jax.cluster.plan.collectives import Collective, Machine, collectives
 from eurollm_jax.cluster.plan.hlo import parse
@@ -57,6 +58,7 @@ class Compiled:
     batch: int
     arguments: int  # state and batch, as compiled
     temporaries: int
+    update: int  # temporaries of the optimizer's update alone
     results: int  # that take memory of their own, beside the state's
     collectives: tuple[Collective, ...]
     kernel: str
@@ -128,6 +130,7 @@ def compiled(experiment: Experiment, rows: int, backend: Backend, devices_per_no
         memory.argument_size_in_bytes - state.total,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        update_temporaries(experiment, program),
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         collectives(module, Machine(mesh, devices_per_node), for_gpu=backend != "cpu"),
         kernel,
@@ -161,6 +164,22 @@ def program_of(experiment: Experiment, layout: Layout) -> Program:
         accumulate=experiment.accumulate,
         skip=experiment.skip,
     )
+
+
+def update_temporaries(experiment: Experiment, program: Program) -> int:
+    """Bytes of one device that the optimizer's update takes beside parameters, state and gradients. Its arrays are
+    float32 but for moments kept in bfloat16, and no product of it is in bfloat16, so a CPU widens nothing. Gradients
+    stay while it lasts, as they do in a step that may be left out."""
+    optimizer = experiment.optimizer.build(experiment.schedule.build(experiment.steps), specs(experiment.model))
+
+    def update(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = program.state.params, program.state.optimizer
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    step: Any = jax.jit(update, out_shardings=shardings, donate_argnums=(0, 1)).lower(params, state, params)
+    return int(step.compile().memory_analysis().temp_size_in_bytes)
 
 
 def state_of(program: Program) -> State:

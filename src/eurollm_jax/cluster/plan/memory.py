@@ -52,7 +52,7 @@ class Temporaries:
 
     gradients: float
     activations: float  # that layers keep for the backward pass
-    working: float  # of the layer, or of the part of the logits, that is being computed
+    working: float  # of the layer, the part of the logits or the optimizer's update that is being computed
 
     @property
     def total(self) -> float:
@@ -180,10 +180,10 @@ def _residuals(model: TransformerConfig, length: int, backend: Backend) -> list[
 # ------------------------------------------------------------------------------------------------------- the peak
 
 
-def temporaries(experiment: Experiment, mesh: Mesh, rows: int, backend: Backend) -> Temporaries:
-    """What a step with batches of `rows` holds beside state and batch, at the fuller of two moments: while the loss
-    and its gradient are made, when all activations are there, and in the backward pass through a layer, when the
-    gradients are there, too."""
+def temporaries(experiment: Experiment, mesh: Mesh, rows: int, backend: Backend, update: float = 0.0) -> Temporaries:
+    """What a step with batches of `rows` holds beside state and batch, at the fullest of three moments: while the loss
+    and its gradient are made, when all activations are there; in the backward pass through a layer, when the gradients
+    are there, too; and in the optimizer's update, which takes `update` bytes beside the gradients."""
     model, length = experiment.model, experiment.data.sequence_length
     width = jnp.dtype(model.compute).itemsize
     micro = rows / ways(("batch",), mesh, ACTIVATION_AXES) / experiment.accumulate
@@ -197,9 +197,14 @@ def temporaries(experiment: Experiment, mesh: Mesh, rows: int, backend: Backend)
     at_once = min(tokens * vocabulary, LOGITS_AT_ONCE.get(backend, LOGITS_AT_ONCE_ELSEWHERE))
     head = model.width * vocabulary
     loss = at_once * (4 + width) + head * (width + 4) + tokens * model.width * 3 * width
-    if activations + loss > activations + parameters + layer:
-        return Temporaries(sums, activations, loss)
-    return Temporaries(parameters + sums, activations, layer)
+    if experiment.accumulate > 1 and mesh["fsdp"] > 1:
+        layer += head * width  # gathered once, before the first micro-batch
+    moments = (
+        Temporaries(parameters + sums, activations, layer),
+        Temporaries(sums, activations, loss),
+        Temporaries(parameters, 0.0, update),
+    )
+    return max(moments, key=lambda moment: moment.total)
 
 
 def _one_layer(model: TransformerConfig, length: int, mesh: Mesh, rows: float, width: int, backend: Backend) -> float:

@@ -101,9 +101,9 @@ def _least_accumulated(
     return Candidate(placed, mesh, peak, work, bound_of(placed, work, mesh, site, sent, state.total))
 
 
-def modelled_peak(experiment: Experiment, mesh: Mesh, rows: int, site: Site) -> float:
+def modelled_peak(experiment: Experiment, mesh: Mesh, rows: int, site: Site, update: float = 0.0) -> float:
     """State, batch and temporaries of one device."""
-    added = temporaries(experiment, mesh, rows, site.chip.backend).total
+    added = temporaries(experiment, mesh, rows, site.chip.backend, update).total
     return state_bytes(experiment, mesh).total + batch_bytes(rows, experiment.data.sequence_length, mesh) + added
 
 

@@ -29,8 +29,9 @@ def modelled_collectives(experiment: Experiment, mesh: Mesh, rows: int, site: Si
 
 
 def _of_weights(experiment: Experiment, mesh: Mesh, site: Site) -> list[Collective]:
-    """Over `fsdp` weights are gathered for the forward and for the backward pass of each micro-batch, and gradients
-    are added up; over `context` and `expert` gradients are added up in each; over the copies once."""
+    """Over `fsdp` weights are gathered for the forward and for the backward pass of each micro-batch, the head once a
+    step, and gradients are added up; over `context` and `expert` gradients are added up in each; over the copies
+    once."""
     model, fsdp = experiment.model, mesh["fsdp"]
     width = 2 if model.compute == "bfloat16" else 4
     weights = {path: spec for path, spec in flatten(specs(model)).items() if spec.fan_in}
@@ -40,7 +41,7 @@ def _of_weights(experiment: Experiment, mesh: Mesh, site: Site) -> list[Collecti
     times = experiment.accumulate
     found = [
         _along("fsdp", mesh, site, "all-gather", layers * width, 2 * times),
-        _along("fsdp", mesh, site, "all-gather", own_head * width, times),
+        _along("fsdp", mesh, site, "all-gather", own_head * width, 1),
         _along("fsdp", mesh, site, "reduce-scatter", layers * fsdp * width, times),
         _along("fsdp", mesh, site, "reduce-scatter", own_head * fsdp * 4, times),
     ]

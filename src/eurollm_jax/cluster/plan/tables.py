@@ -7,12 +7,13 @@ from typing import Any
 from rich.table import Table
 
 from eurollm_jax.cluster.plan.collectives import Collective
-from eurollm_jax.cluster.plan.plan import Plan, Ranked
+from eurollm_jax.cluster.plan.plan import SURE, Memory, Plan, Ranked
 from eurollm_jax.cluster.plan.work import Bound, power
 from eurollm_jax.parallel.flags import FRACTION_VARIABLE
 
 GIB = 1 << 30
 UNKNOWN = "unknown"
+ASSUMED = "attention as if each row were one document"
 PARTS = {"compute": "products", "memory": "memory", "links": "links within a node", "network": "network between nodes"}
 
 
@@ -60,7 +61,7 @@ def memory_table(plan: Plan) -> Table:
     table.add_row("batch", size(compiled.batch), f"{compiled.rows:,} rows over all devices")
     table.add_row("gradients", size(modelled.gradients), "modelled; at the fullest moment of a step")
     table.add_row("activations", size(modelled.activations), f"modelled; kept by remat {plan.experiment.model.remat}")
-    table.add_row("working space", size(modelled.working), "modelled; of one layer, or of some of the logits")
+    table.add_row("working space", size(modelled.working), "modelled; of a layer, some of the logits, or the update")
     table.add_row(
         "temporaries, compiled", size(compiled.temporaries), "of the program for this CPU, all three together"
     )
@@ -72,9 +73,20 @@ def memory_table(plan: Plan) -> Table:
     else:
         share = f"{memory.fraction:.0%} of {size(plan.site.chip.memory)} ({FRACTION_VARIABLE})"
         table.add_row("a program may have", size(memory.budget), share)
-        verdict = "[green]fits[/]" if memory.fits else "[red]does not fit[/]"
-        table.add_row("verdict", verdict, f"{memory.peak / memory.budget:.0%} of it")
+        colour = {"fits": "green", "unsure": "yellow", "does not fit": "red"}[memory.verdict or "unsure"]
+        table.add_row("verdict", f"[{colour}]{memory.verdict}[/]", verdict_words(memory))
     return table
+
+
+def verdict_words(memory: Memory) -> str:
+    assert memory.budget is not None
+    share = f"{memory.peak / memory.budget:.0%} of it"
+    if memory.verdict != "unsure":
+        return share
+    if memory.peak > SURE * memory.budget:
+        return f"{share}, and the model may err by {1 - SURE:.0%}"
+    need = size(memory.compiled.peak)
+    return f"{share} by the model; as compiled for this CPU, which widens bfloat16, it would need {need}"
 
 
 def collectives_table(plan: Plan) -> Table:
@@ -113,13 +125,13 @@ def speed_table(plan: Plan) -> Table:
     if bound.seconds is None:
         table.add_row("tokens/s at most", UNKNOWN, f"the peak of {site.chip.name} is not known")
     else:
-        rate = f"limited by {PARTS[bound.by or 'compute']}; all parts overlap perfectly"
+        rate = f"limited by {PARTS[bound.by or 'compute']}; all parts overlap perfectly; {ASSUMED}"
         table.add_row("tokens/s at most", f"{plan.tokens_per_second:,.0f}", rate)
         table.add_row(
             "share of peak at most", f"{plan.share_of_peak:.0%}", "of the model's FLOP, without recomputation"
         )
     table.add_row("whole run", f"{run.tokens:.4g} tokens", f"{run.steps:,} steps")
-    table.add_row("days at least", _number(run.days), "")
+    table.add_row("days at least", _number(run.days), ASSUMED)
     table.add_row("device-hours at least", _number(run.device_hours), f"{plan.devices} devices")
     table.add_row("MWh at full power", _number(run.megawatt_hours), _energy_words(plan))
     saved = plan.checkpoint
@@ -157,7 +169,7 @@ def _remedies(plan: Plan) -> list[Table]:
         "What would take less, by the model", ("change", "left"), ("peak", "right"), ("", "left"), ("options", "left")
     )
     for remedy in plan.remedies:
-        table.add_row(remedy.what, size(remedy.peak), "fits" if remedy.fits else "does not fit", remedy.options)
+        table.add_row(remedy.what, size(remedy.peak), remedy.verdict, remedy.options)
     return [table]
 
 
@@ -180,8 +192,8 @@ def search_table(ranked: Sequence[Ranked], most: int = 20) -> Table:
         if bound.compute:
             share = f"{bound.compute / (bound.seconds or 1) * chosen.work.model_flops / chosen.work.flops:.0%}"
         how = "modelled" if one.memory is None else "compiled"
-        if one.memory is not None and one.memory.fits is False:
-            how += ", does not fit"
+        if one.memory is not None and one.memory.verdict != "fits":
+            how += f", {one.memory.verdict}"
         limit = PARTS[bound.by] if bound.by else UNKNOWN
         experiment = chosen.experiment
         table.add_row(
@@ -227,12 +239,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "batch": compiled.batch,
             "modelled": dataclasses.asdict(memory.modelled),
             "temporaries_compiled": compiled.temporaries,
+            "update_compiled": compiled.update,
             "results_compiled": compiled.results,
             "peak_compiled": compiled.peak,
             "peak": memory.peak,
             "budget": memory.budget,
             "fraction": memory.fraction,
-            "fits": memory.fits,
+            "verdict": memory.verdict,
         },
         "flops": {"model": plan.work.model_flops, "with_recomputation": plan.work.flops},
         "collectives": [_collective(one) for one in plan.collectives],
@@ -264,7 +277,7 @@ def search_json(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
             "accumulate": one.candidate.experiment.accumulate,
             "peak": one.peak,
             "compiled": one.memory is not None,
-            "fits": None if one.memory is None else one.memory.fits,
+            "verdict": None if one.memory is None else one.memory.verdict,
             "bound_seconds": bound_json(one.bound),
         }
         for one in ranked

@@ -26,6 +26,8 @@ print("rank", rank, "start", start, flush=True)
 if rank == "0" and os.environ["SLURM_NTASKS"] != "1":
     time.sleep(0.3)
     print("process 1 is gone", flush=True)
+if "GROWS" in os.environ:
+    os.makedirs(os.path.join(os.environ["GROWS"], str(100 * min(start, 6))), exist_ok=True)
 statuses = {statuses!r}
 sys.exit(statuses[min(start, len(statuses) - 1)])
 """
@@ -93,6 +95,53 @@ def test_lost_processes_are_tried_again_until_it_is_no_chance(cluster, job_of):
     assert "5 starts in a row have lost a process" in log(job)
     (lost,) = job.logs.glob("*.lost")
     assert [line.split()[2] for line in lost.read_text().splitlines()] == ["76", "143", "134", "138", "76"]
+
+
+def test_losses_with_a_checkpoint_between_them_are_not_in_a_row(cluster, job_of, tmp_path):
+    checkpoints = tmp_path / "a run" / "checkpoints"
+    (checkpoints / "0090").mkdir(parents=True)
+    (checkpoints / "9999.orbax-checkpoint-tmp-0").mkdir()
+    job = job_of(137, checkpoints=checkpoints)
+    (ended,) = submitted(cluster, job, site=replace(CPU, environment={"GROWS": str(checkpoints)}))
+    assert (ended["state"], ended["restarts"]) == ("FAILED", 10)  # six come further, and five in a row do not
+    (lost,) = job.logs.glob("*.lost")
+    assert [line.split()[-1] for line in lost.read_text().splitlines()] == ["600"] * 5
+
+
+def test_work_that_is_ended_at_its_time_goes_on_as_often_as_it_takes(cluster, job_of):
+    by_time, lost = (138,) * 7, (137,) * 5
+    (ended,) = submitted(cluster, job_of(*by_time, 0, piecemeal=True, ends_in_time=False))
+    assert (ended["state"], ended["restarts"]) == ("COMPLETED", 7)
+    other = replace(job_of(*lost, 0, piecemeal=True, ends_in_time=False), file="lost.sbatch")
+    assert submitted(cluster, other)[-1]["state"] == "FAILED"
+
+
+def test_a_start_that_comes_to_no_step_has_no_status(cluster, job_of, capsys):
+    site = replace(CPU, environment={"PLACE": "$(test ${SLURM_RESTART_COUNT:-0} = 0)"})
+    job = job_of(75)
+    assert launch(site, [job], follow=True) == 1
+    assert "has ended before its processes did" in capsys.readouterr().err
+    assert not list(job.logs.glob("*.status"))
+
+
+def test_who_ceases_to_follow_is_told_what_the_same_command_does(cluster, job_of, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm, "follow", interrupted)
+    job = job_of(0)
+    assert launch(CPU, [job], follow=True) == 130
+    (ended,) = cluster.ended()
+    said = capsys.readouterr().err
+    assert f"job {ended['number']} goes on: the same command follows it while it is there, and submits" in said
+    assert f"tail -f {job.logs / str(ended['number'])}.out" in said
+
+
+def test_a_job_whose_cores_are_not_known_is_warned_of(cluster, job_of, capsys):
+    assert launch(CPU, [job_of(0)], dry_run=True) == 0
+    assert not capsys.readouterr().err
+    assert launch(CPU, [job_of(0, cores=None)], dry_run=True) == 0
+    assert "may give each process one core: set cores_per_node" in capsys.readouterr().err
 
 
 def test_restarts_have_an_end(cluster, job_of):

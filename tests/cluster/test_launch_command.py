@@ -1,14 +1,19 @@
 """`eurollm launch` on the command line: what it makes of a training run, a study and a corpus, and what it refuses."""
 
 import dataclasses
+import json
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from eurollm_jax.ablation.study import Design
 from eurollm_jax.cluster import site_files
+from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.parallel.hardware import CHIPS_BY_NAME
 from tests.ablation.conftest import heldout, study  # noqa: F401
 from tests.cli.conftest import _imports_of_experiments, refuse, run_command  # noqa: F401
 from tests.cluster.fake_slurm.cluster import Cluster
@@ -23,12 +28,14 @@ def at_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
-    monkeypatch.setattr(site_files, "site_of", lambda name: {"test": CPU, "payed": PAYED, "local": LOCAL}[name])
+    monkeypatch.setattr(site_files, "site_of", lambda name: SITES[name])
     return tmp_path
 
 
 PAYED = dataclasses.replace(CPU, name="payed", account=True)
 LOCAL = dataclasses.replace(CPU, name="local", scheduler="none")
+GPU = dataclasses.replace(CPU, name="gpu", chip=CHIPS_BY_NAME["H100"])
+SITES = {site.name: site for site in (CPU, PAYED, LOCAL, GPU)}
 
 
 @pytest.fixture
@@ -59,7 +66,8 @@ def steps_of(script):
     return words[words.index("eurollm_jax") + 1 :], options
 
 
-def test_a_run_is_launched_with_options_before_and_after_its_file(file):
+def test_a_run_is_launched_with_options_before_and_after_its_file(at_work, file, study, monkeypatch):  # noqa: F811
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     first = run_command("launch", "--site", "test", "--nodes", 2, file, "--steps", 5, "--time", "02:00:00", "--dry-run")
     assert (first.status, first.err) == (0, "")
     other_order = ("--dry-run", "--site", "test", "--steps", 5, "--nodes", 2, "--time=02:00:00")
@@ -69,6 +77,11 @@ def test_a_run_is_launched_with_options_before_and_after_its_file(file):
     assert (options["nodes"], options["ntasks-per-node"], options["cpus-per-task"]) == ("2", "2", "2")
     assert (options["time"], options["job-name"]) == ("02:00:00", "proxy")
     assert "2 nodes x 2 processes x 1 device, 5 steps." in first.out
+    assert f"\ncheckpoints={study.proxy.run}/checkpoints\n" in first.out
+    assert "\nunset PYTHONPATH\n" in first.out
+    monkeypatch.setenv("PYTHONPATH", "packages:/b")
+    again = run_command("launch", "--site", "test", file, "--dry-run")
+    assert f"\nexport PYTHONPATH={at_work}/packages:/b\n" in again.out
     changed = run_command("launch", file, "--site", "test", "--dry-run", "--accept-changes", "--job-name", "other")
     assert steps_of(changed.out)[0][:2] == ["train", "--accept-changes"]
     assert steps_of(changed.out)[1]["job-name"] == "other"
@@ -81,11 +94,49 @@ def test_a_run_needs_devices_that_its_mesh_and_its_batches_divide_over(at_work, 
     assert "tokenizer=nowhere does not exist" in refuse(at_work, *plain, "--tokenizer", "nowhere")
     assert "--nodes 0: take 1 or more" in refuse(at_work, *plain, "--nodes", 0)
     assert "may have 8" in refuse(at_work, *plain, "--nodes", 16, "--batch-size", 32)
+    assert "--restarts -1: take 0 or more" in refuse(at_work, *plain, "--restarts", -1)
+    assert "--nodes 4 is of a training run" in refuse(at_work, "launch", "--nodes", 4, "study", file, "--site", "test")
     assert "does not exist: give the path of an image" in refuse(at_work, *plain, "--container", "no.sif")
     assert "there is no squeue here" in refuse(at_work, *plain[:-1])
     at = ("launch", file, "--dry-run", "--site")
     assert "which project pays" in refuse(at_work, *at, "payed")
     assert f"run it here: eurollm train {file} --steps 3" in refuse(at_work, *at, "local", "--steps", 3)
+
+
+def test_what_training_would_refuse_at_its_start_is_refused_before_it_waits(at_work, study):  # noqa: F811
+    def said(**changed):
+        path = write_experiment(dataclasses.replace(study.proxy, **changed), at_work)
+        return refuse(at_work, "launch", path, "--site", "test", "--dry-run")
+
+    proxy = study.proxy
+    small = dataclasses.replace(proxy.model, vocab_size=64)
+    assert "exceed the run's 12" in said(schedule=dataclasses.replace(proxy.schedule, warmup=50))
+    assert "64" in said(model=small)
+    assert "xx" in said(data=dataclasses.replace(proxy.data, mixture=Mixture.shares({"xx": 1.0})))
+    other = at_work / "other"
+    shutil.copytree(proxy.heldout, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    assert "99" in said(heldout=str(other))
+
+
+def test_what_an_image_must_see_is_mounted(at_work, file, study):  # noqa: F811
+    (at_work / "x.sif").touch()
+    elsewhere = at_work.parent / f"{at_work.name} elsewhere"
+    command = ("launch", file, "--site", "test", "--dry-run", "--container", "x.sif")
+    first = run_command(*command)
+    (binds,) = [line for line in first.out.splitlines() if line.startswith("binds=")]
+    proxy = study.proxy
+    inputs = [Path(path) for path in (proxy.tokenizer, proxy.heldout, *proxy.data.stores)]
+    folders = {str(path if path.is_dir() else path.parent) for path in inputs}
+    outside = {folder for folder in folders if not Path(folder).is_relative_to(at_work)}
+    assert outside
+    assert set(binds.removeprefix("binds=").replace('"', "").split(",")) == {"$PWD"} | outside
+    elsewhere.symlink_to(proxy.heldout)
+    assert "has a ' ' in its name, at which containers divide" in refuse(at_work, *command, "--heldout", elsewhere)
+    link = at_work.parent / f"{at_work.name}-link"
+    link.symlink_to(proxy.heldout)
+    assert f",{link}" in run_command(*command, "--heldout", link).out
 
 
 def test_a_run_that_is_complete_is_not_launched(file, study):  # noqa: F811
@@ -106,6 +157,10 @@ def test_a_study_is_an_array_of_its_ensembles_and_what_follows(at_work, study_fi
     assert words == ["ablate", "--ensembles", "$SLURM_ARRAY_TASK_ID/1", "--time-limit", "$time_limit", str(study_file)]
     assert (options["array"], options["nodes"], options["ntasks-per-node"]) == ("0-0", "1", "1")
     assert steps_of(last)[0] == ["ablate", "--time-limit", "$time_limit", str(study_file)]
+    on_gpus = run_command("launch", "study", "--site", "gpu", study_file, "--dry-run")
+    array, last = on_gpus.out.split("#!/bin/bash\n")[1:]
+    assert "export JAX_PLATFORMS=cuda\n" in array
+    assert "export JAX_PLATFORMS=cuda,cpu\n" in last
     assert "has 1 ensembles on a node: take 1 to 1" in refuse(
         at_work, "launch", "study", "--site", "test", study_file, "--tasks", 2
     )
@@ -113,7 +168,7 @@ def test_a_study_is_an_array_of_its_ensembles_and_what_follows(at_work, study_fi
 
 def test_a_corpus_is_an_array_of_tasks_and_the_one_that_seals_it(at_work, tokenizer, corpus_dir):
     prepare = (f"{corpus_dir}/*.jsonl", "--tokenizer", tokenizer.model_path.parent, "--out", "it's a store")
-    options = ("--site", "test", "--tasks", 4, "--partition", "cpus", "--cores", 3)
+    options = ("--site", "test", "--tasks", 4, "--partition", "cpus", "--cores", 3, "--time", "12:00:00")
     said = run_command("launch", "corpus", *options, "--dry-run", "--", *prepare)
     assert (said.status, said.err) == (0, "")
     array, last = said.out.split("#!/bin/bash\n")[1:]
@@ -126,6 +181,14 @@ def test_a_corpus_is_an_array_of_tasks_and_the_one_that_seals_it(at_work, tokeni
         at_work, "launch", "corpus", *options, "--", *prepare, "--task", 0, "--of", 4
     )
     assert run_command("launch", "corpus", "--site", "test", "--tasks", 4).status == 2
+    assert "--nodes 4 is of a training run" in refuse(
+        at_work, "launch", "corpus", *options, "--nodes", 4, "--", *prepare
+    )
+    assert "name --time: test's limit of 24:00:00 is that of partition (default)." in refuse(
+        at_work, "launch", "corpus", *options[:-2], "--", *prepare
+    )
+    assert "\n  75|138)" in array
+    assert "\n  75)" in last
 
 
 def test_help_comes_at_once_and_says_what_there_is():

@@ -49,6 +49,7 @@ def training(site, **changed):
         cores=None if site.cores_per_node is None else site.cores_per_node // site.processes_per_node,
         account="project_1",
         image="/project/images/eurollm.sif" if site.container is not None else None,
+        checkpoints=Path("/project/eurollm/runs/hplt_2b/checkpoints"),
     )
     return replace(job, **changed)
 
@@ -57,7 +58,7 @@ def rendered():
     """Name of the golden file -> the script."""
     found = {name: (site, training(site)) for name, site in SLURM.items()}
     lumi, bare = SLURM["lumi"], SLURM["generic-nvidia"]
-    found["without-container"] = bare, training(bare, image=None)
+    found["without-container"] = bare, training(bare, image=None, python_path="/project/eurollm/our packages")
     found["study-proxies"] = (
         lumi,
         training(
@@ -69,6 +70,7 @@ def rendered():
             command=("ablate",),
             arguments=("experiments/families.py",),
             own='--ensembles "$SLURM_ARRAY_TASK_ID/3"',
+            checkpoints=None,
             array=3,
             nodes=1,
             tasks_per_node=1,
@@ -93,6 +95,9 @@ def rendered():
             partition="small",
             on_devices=False,
             ends_in_time=False,
+            piecemeal=True,
+            checkpoints=None,
+            mounts=("/data/hplt",),
         ),
     )
     return found
@@ -183,6 +188,13 @@ def test_directives_hold_what_shells_and_sbatch_divide_at(tmp_path):
         ({"name": "a\n#SBATCH --nodes=99"}, "--job-name"),
         ({"options": ("--comment=x\nrm",)}, "--sbatch"),
         ({"options": ("exclude=node7",)}, "no option of sbatch"),
+        ({"options": ("--nodes=4",)}, "has that option already: it follows from --nodes"),
+        ({"options": ("--exclude=node7", "-N4")}, "'-N4'.* already: it follows from --nodes"),
+        ({"options": ("--time 01:00:00",)}, "already: it follows from --time"),
+        ({"options": ("--no-requeue",)}, "already: it follows from --restarts"),
+        ({"options": ("--signal=B:TERM@60",)}, "already"),
+        ({"options": ("--output=x.out",)}, "already"),
+        ({"options": ("--ntasks-per-node=1",)}, "already: it follows from processes_per_node of a site file"),
         ({"directory": Path("/a:b"), "image": "x.sif"}, "':' in its name"),
     ],
 )
@@ -199,3 +211,43 @@ def test_times_are_read_as_slurm_writes_them():
     assert clock(seconds_of("48:00:00")) == "48:00:00"
     with pytest.raises(UserError, match="'30:00' is no time"):
         seconds_of("30:00")
+
+
+def test_limits_are_those_of_the_queue_that_they_are_known_of():
+    site = replace(CPU, partition="gpu", qos="normal")
+    beyond = {"nodes": 9, "seconds": 48 * 3600}
+    for same in ({}, {"partition": "gpu"}, {"qos": "normal"}):
+        with pytest.raises(UserError, match="may have 8"):
+            require_fitting(site, training(site, **beyond, **same))
+    for other in ({"partition": "large"}, {"qos": "long"}):
+        require_fitting(site, training(site, **beyond, **other))
+
+
+@pytest.mark.parametrize(("backend", "name"), [("cuda", "generic-nvidia"), ("rocm", "lumi")])
+def test_a_job_for_gpus_does_not_go_on_without_them(backend, name):
+    site = SLURM[name]
+    assert f"\nexport JAX_PLATFORMS={backend}\n" in render(site, training(site))
+    assert f"\nexport JAX_PLATFORMS={backend},cpu\n" in render(site, training(site, fits_on_cpu=True))
+    own = replace(site, environment={"JAX_PLATFORMS": "cuda,cpu"})
+    assert render(own, training(own)).count("export JAX_PLATFORMS=") == 1
+    assert "JAX_PLATFORMS" not in render(site, training(site, on_devices=False))
+    assert "JAX_PLATFORMS" not in render(CPU, training(CPU))
+    code = "import jax; jax.devices()"
+    environment = os.environ | {"JAX_PLATFORMS": backend}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0, "tests run where there is no GPU"
+    known = "from jax._src.xla_bridge import known_platforms; print(*known_platforms())"
+    assert backend in subprocess.check_output([sys.executable, "-c", known], text=True).split()
+
+
+def test_python_finds_what_it_found_at_the_launch_and_an_image_its_own():
+    site = SLURM["lumi"]
+    assert "\nunset PYTHONPATH\n" in render(site, training(site, python_path="/packages"))
+    assert "\nunset PYTHONPATH\n" in render(site, training(site, image=None))
+    given = render(site, training(site, image=None, python_path="/our packages:/b"))
+    assert "\nexport PYTHONPATH='/our packages:/b'\n" in given
+    assert "unset PYTHONPATH" not in given
+    own = replace(site, environment={"PYTHONPATH": "/site"})
+    assert [line for line in render(own, training(own)).splitlines() if "PYTHONPATH" in line] == [
+        'export PYTHONPATH="/site"'
+    ]

@@ -156,6 +156,7 @@ def test_a_share_of_the_memory_is_above_none_and_at_most_all(fraction, monkeypat
             planned(experiment(), site, 4)
 
 
+@pytest.mark.slow
 def test_this_computer_is_one_node_of_what_is_asked_for(file, tmp_path, capsys):
     figures = tmp_path / "plan.json"
     assert main(["plan", "--devices", "2", "--json", str(figures), file]) == 0, capsys.readouterr().err

@@ -37,7 +37,7 @@ def add(commands: Subcommands) -> None:
 
 def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--site", help="where: a name of docs/sites.md, or a .toml file of your own")
-    parser.add_argument("--nodes", type=int, default=1, help="of a training run (default: 1)")
+    parser.add_argument("--nodes", type=int, help="of a training run (default: 1)")
     parser.add_argument("--time", metavar="HH:MM:SS", help="of each job (default: the most that the site gives)")
     parser.add_argument("--account", default=os.environ.get("SBATCH_ACCOUNT"), help="the project that pays")
     parser.add_argument("--partition", help="(default: the site's)")
@@ -82,23 +82,26 @@ def _train(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
     experiment, _ = experiment_of(named)
     arguments = (str(first.experiment), *fields)
     _require_scheduler(site, ("train", *arguments))
-    if after.nodes < 1:
-        raise UserError(f"--nodes {after.nodes}: take 1 or more.")
-    _require_fitting(experiment, after.nodes * site.devices_per_node)
+    nodes = 1 if after.nodes is None else after.nodes
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: take 1 or more.")
+    _require_fitting(experiment, nodes * site.devices_per_node)
 
     from eurollm_jax.cluster.launch.submit import launch
 
     folder = experiment.run
     each = site.devices_per_node // site.processes_per_node
-    counts = ((after.nodes, "node"), (site.processes_per_node, "process"), (each, "device"))
+    counts = ((nodes, "node"), (site.processes_per_node, "process"), (each, "device"))
     shape = " x ".join(_counted(count, noun) for count, noun in counts)
     title = f"Trains {experiment.name}: {shape}, {_progress(experiment)}."
     job = _job(site, after, folder, experiment.name, title)
+    job = _mounting(site, job, [folder.parent, first.experiment, *_paths_of(experiment)])
     job = replace(
         job,
         command=("train", "--accept-changes") if after.accept_changes else ("train",),
         arguments=arguments,
-        nodes=after.nodes,
+        nodes=nodes,
+        checkpoints=folder.resolve() / "checkpoints",
         tasks_per_node=site.processes_per_node,
         cores=_cores(site, site.processes_per_node),
     )
@@ -114,6 +117,7 @@ def _study(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
     parser.add_argument("study", type=Path, help="a Python file that defines STUDY")
     options = parser.parse_args(rest)
     site = _site(parser, options)
+    _require_a_node_each(options)
 
     from eurollm_jax.ablation.prepared import ensembles, prepare
     from eurollm_jax.ablation.study_file import load_study
@@ -130,6 +134,9 @@ def _study(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
         raise UserError(f"--tasks {tasks}: study {study.name!r} has {parts} ensembles on a node: take 1 to {parts}.")
     job = _job(site, options, study.folder, study.name, "")
     job = replace(job, command=("ablate",), arguments=arguments, cores=_cores(site, 1))
+    trained = [study.proxy, *([study.confirmation.experiment] if study.confirmation is not None else [])]
+    read = [path for experiment in trained for path in _paths_of(experiment)]
+    job = _mounting(site, job, [study.folder.parent, options.study, *read])
     jobs = [
         replace(
             job,
@@ -144,6 +151,7 @@ def _study(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
             title=f"Analyses study {study.name}, and confirms what it proposes.",
             name=f"{job.name}-analysis",
             file="analysis.sbatch",
+            fits_on_cpu=True,
         ),
     ]
     return launch(site, jobs, dry_run=options.dry_run, follow=options.follow)
@@ -159,6 +167,7 @@ def _corpus(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
     site = _site(parser, options)
     if options.tasks is None or not arguments:
         parser.error("give --tasks N, and after -- what `eurollm corpus prepare` takes")
+    _require_a_node_each(options)
     prepare = _preparation(arguments)
     _require_scheduler(site, ("corpus", "prepare", *arguments))
     if options.tasks < 1 or options.cores < 1:
@@ -168,8 +177,10 @@ def _corpus(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
 
     from eurollm_jax.cluster.launch.submit import launch
 
-    job = _job(site, options, prepare.out, prepare.out.name, "")
-    job = replace(job, on_devices=False, ends_in_time=False, cores=options.cores)
+    job = _job(site, options, prepare.out, prepare.out.name, "", on_devices=False)
+    job = replace(job, ends_in_time=False, cores=options.cores)
+    blocklist = () if prepare.blocklist is None else (prepare.blocklist,)
+    job = _mounting(site, job, [prepare.out.parent, *map(Path, prepare.inputs), prepare.tokenizer, *blocklist])
     jobs = [
         replace(
             job,
@@ -180,6 +191,7 @@ def _corpus(parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
             own=f'--task "$SLURM_ARRAY_TASK_ID" --of {options.tasks}',
             arguments=arguments,
             array=options.tasks,
+            piecemeal=True,
         ),
         replace(
             job,
@@ -218,17 +230,25 @@ def _require_scheduler(site: "Site", words: Sequence[str]) -> None:
         raise UserError(f"{site.name} has no scheduler: run it here: eurollm {shlex.join(words)}")
 
 
-def _job(site: "Site", options: argparse.Namespace, made: Path, name: str, title: str) -> "Job":
-    """What all jobs have of the options; the scripts lie beside what is made."""
-    from eurollm_jax.cluster.launch.job import Job, seconds_of
+def _require_a_node_each(options: argparse.Namespace) -> None:
+    if options.nodes is not None:
+        raise UserError(
+            f"--nodes {options.nodes} is of a training run: each job here has one node; --tasks shares them."
+        )
 
-    time = options.time or site.time_limit
-    if time is None:
-        raise UserError(f"--time HH:MM:SS: how long may a job take? {site.name} is not known to have a limit.")
+
+def _job(
+    site: "Site", options: argparse.Namespace, made: Path, name: str, title: str, *, on_devices: bool = True
+) -> "Job":
+    """What all jobs have of the options; the scripts lie beside what is made."""
+    from eurollm_jax.cluster.launch.job import LEAST_SECONDS, Job, in_its_queue, seconds_of
+
+    if options.restarts < 0:
+        raise UserError(f"--restarts {options.restarts}: take 0 or more.")
     if options.container is not None and "://" not in options.container and not Path(options.container).exists():
         raise UserError(f"--container {options.container} does not exist: give the path of an image (docs/sites.md).")
     made = made.resolve()
-    return Job(
+    job = Job(
         title=title,
         name=options.job_name or name,
         folder=made.with_name(f"{made.name}.launch"),
@@ -236,14 +256,49 @@ def _job(site: "Site", options: argparse.Namespace, made: Path, name: str, title
         python=sys.executable,
         command=(),
         arguments=(),
-        seconds=seconds_of(time),
+        seconds=LEAST_SECONDS,
+        on_devices=on_devices,
         account=options.account,
         partition=options.partition,
         qos=options.qos,
         options=tuple(options.sbatch),
         image=options.container,
         restarts=options.restarts,
+        python_path=_python_path(),
     )
+    if options.time is not None:
+        return replace(job, seconds=seconds_of(options.time))
+    if site.time_limit is None:
+        raise UserError(f"--time HH:MM:SS: how long may a job take? {site.name} is not known to have a limit.")
+    if not in_its_queue(site, job):
+        named = (f"partition {site.partition or '(default)'}", *((f"QOS {site.qos}",) if site.qos else ()))
+        raise UserError(f"name --time: {site.name}'s limit of {site.time_limit} is that of {' and '.join(named)}.")
+    return replace(job, seconds=seconds_of(site.time_limit))
+
+
+def _python_path() -> str | None:
+    """PYTHONPATH of this process, whose parts may be relative to a folder that the job is not in."""
+    given = os.environ.get("PYTHONPATH")
+    return given and os.pathsep.join(os.path.abspath(part) for part in given.split(os.pathsep))
+
+
+def _mounting(site: "Site", job: "Job", paths: Sequence[Path]) -> "Job":
+    """With what its image must see of these paths: what it reads, and the folder that what it makes is in."""
+    from eurollm_jax.cluster.launch.mounts import to_mount
+
+    if job.image is None:
+        return job
+    return replace(job, mounts=to_mount(site, job.directory, job.account, paths))
+
+
+def _paths_of(experiment: "Experiment") -> list[Path]:
+    """What a run reads; a branch, the run of its checkpoint."""
+    paths = [Path(path) for path in (experiment.tokenizer, experiment.heldout, *experiment.data.stores)]
+    if experiment.start_from is not None:
+        paths.append(Path(experiment.start_from))
+    if experiment.branch_from is not None:
+        paths.append(Path(experiment.branch_from).parent.parent)
+    return paths
 
 
 def _cores(site: "Site", tasks: int) -> int | None:
@@ -251,8 +306,10 @@ def _cores(site: "Site", tasks: int) -> int | None:
 
 
 def _require_fitting(experiment: "Experiment", devices: int) -> None:
-    """UserError where the experiment's files are not there, or its mesh or batches do not fit so many devices."""
+    """UserError where mesh or batches do not fit so many devices, and for what `train` would refuse of the inputs."""
+    from eurollm_jax.data.plan import mixture_plan
     from eurollm_jax.parallel.mesh import Layout
+    from eurollm_jax.training.inputs import open_inputs
 
     places: Any = range(devices)  # the devices themselves are not needed to divide by their number
     layout = Layout(experiment.mesh.build(places))
@@ -265,6 +322,9 @@ def _require_fitting(experiment: "Experiment", devices: int) -> None:
     ):
         if not Path(path).exists():
             raise UserError(f"experiment {experiment.name!r}: {field}={path} does not exist here: mend the path.")
+    inputs = open_inputs(experiment)
+    experiment.schedule.build(experiment.steps)
+    mixture_plan(experiment.data.mixture, inputs.data.sizes, experiment.total_rows)
 
 
 def _counted(count: int, noun: str) -> str:

@@ -52,6 +52,10 @@ def _read(path: Path, by_name: Mapping[str, Site]) -> Site:
     base = by_name[base_name]
     table = {"name": path.stem, "title": path.stem, "sources": {}, "unverified": {}} | table
     site = replace(base, **_fields(table, {**_PARSERS, **_merging(base, table)}, str(path)))
+    if site.processes_per_node != base.processes_per_node and "step_options" not in table:
+        # The base's masks are one for each of its own processes: another number of them would get the wrong cores.
+        kept = tuple(option for option in site.step_options if not option.startswith("--cpu-bind"))
+        site = replace(site, step_options=kept)
     if site.devices_per_node % site.processes_per_node:
         raise UserError(
             f"{path}: processes_per_node: {site.processes_per_node} processes cannot share {site.devices_per_node}"
@@ -115,6 +119,13 @@ def _number(value: object, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise UserError(f"{where}: {value!r}: expected a number above 0")
     return float(value)
+
+
+def _folder(value: object, where: str) -> str:
+    text = _text(value, where)
+    if text.startswith("~"):
+        raise UserError(f"{where}: {value!r}: no shell replaces that in a script: write $HOME for ~")
+    return text
 
 
 def _overhead(value: object, where: str) -> float:
@@ -224,6 +235,6 @@ _PARSERS: Mapping[str, Parser] = {
     "step_options": _options,
     "modules": _texts,
     "internet": _one_of("everywhere", "login", "nowhere"),
-    "scratch": _text,
+    "scratch": _folder,
     "notes": _texts,
 }

@@ -7,6 +7,21 @@ from pathlib import Path
 from eurollm_jax.cluster.site import Container, Site
 from eurollm_jax.errors import UserError
 
+WRITTEN = {  # options of sbatch that every script has, and what changes them
+    **dict.fromkeys(("job-name", "J"), "--job-name"),
+    **dict.fromkeys(("account", "A"), "--account"),
+    **dict.fromkeys(("partition", "p"), "--partition"),
+    **dict.fromkeys(("qos", "q"), "--qos"),
+    **dict.fromkeys(("time", "t"), "--time"),
+    **dict.fromkeys(("nodes", "N"), "--nodes"),
+    **dict.fromkeys(("array", "a"), "--tasks"),
+    **dict.fromkeys(("ntasks", "n", "ntasks-per-node"), "processes_per_node of a site file (docs/sites.md)"),
+    **dict.fromkeys(("cpus-per-task", "c"), "--cores of a corpus, or cores_per_node of a site file (docs/sites.md)"),
+    **dict.fromkeys(("requeue", "no-requeue"), "--restarts"),
+    **dict.fromkeys(("chdir", "D"), "the folder that you launch from"),
+    **dict.fromkeys(("output", "o", "open-mode"), "the experiment's runs, which the logs are beside"),
+    "signal": "--time, which it counts back from",
+}
 LEAST_SECONDS = 120  # of a job: below that nothing is trained between its start and its end
 SAVE_SECONDS = 180  # before a job's end: when Slurm tells the processes to save; docs/runs.md
 
@@ -31,12 +46,17 @@ class Job:
     cores: int | None = None  # of a task
     on_devices: bool = True  # else the site's partition, options and bindings are not for it
     ends_in_time: bool = True  # the command knows --time-limit
+    piecemeal: bool = False  # where it is killed it has lost its last piece of work alone
+    fits_on_cpu: bool = False  # and needs JAX's CPU backend beside that of the devices
+    checkpoints: Path | None = None  # absolute: a folder whose newest number says how far it has come
     array: int | None = None  # how many jobs of this script there are, numbered from 0
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
     options: tuple[str, ...] = ()  # further #SBATCH lines of the user
     image: str | None = None
+    mounts: tuple[str, ...] = ()  # folders that the image must see beside the site's and the working directory
+    python_path: str | None = None  # PYTHONPATH of the process that launches, where there is no image
     restarts: int = 100  # that it asks for itself
 
     @property
@@ -73,11 +93,18 @@ def container_of(site: Site) -> Container:
     return site.container or Container(f"apptainer exec{flags.get(site.chip.backend, '')}")
 
 
+def in_its_queue(site: Site, job: Job) -> bool:
+    """Whether the site's limits, which are those of its partition and quality of service, are the job's."""
+    given = (site.partition, site.qos) if job.on_devices else (None, None)
+    return (job.partition or given[0], job.qos or given[1]) == (site.partition, site.qos)
+
+
 def require_fitting(site: Site, job: Job) -> None:
     """Raises UserError for what the site would refuse, or leave in its queue for good."""
-    if site.nodes is not None and job.nodes > site.nodes:
+    limited = in_its_queue(site, job)
+    if limited and site.nodes is not None and job.nodes > site.nodes:
         raise UserError(f"--nodes {job.nodes}: a job on {site.name} may have {site.nodes}: take fewer.")
-    if site.time_limit is not None and job.on_devices and job.seconds > seconds_of(site.time_limit):
+    if limited and site.time_limit is not None and job.seconds > seconds_of(site.time_limit):
         raise UserError(
             f"--time {clock(job.seconds)}: a job on {site.name} may take {site.time_limit}: take that, and the run "
             "goes on in the next job by itself."
@@ -100,6 +127,9 @@ def require_fitting(site: Site, job: Job) -> None:
     for option in job.options:
         if not option.startswith("-"):
             raise UserError(f"--sbatch {option!r} is no option of sbatch: write it as --sbatch=--exclude=node17.")
+        name = re.split("[= ]", option.lstrip("-"), maxsplit=1)[0]
+        if (own := WRITTEN.get(name if option.startswith("--") else name[:1])) is not None:
+            raise UserError(f"--sbatch {option!r}: the script has that option already: it follows from {own}.")
     if job.image is not None and (found := set(str(job.directory)) & {",", ":"}):
         raise UserError(
             f"{job.directory} has a {found.pop()!r} in its name, at which containers divide what they mount: launch "

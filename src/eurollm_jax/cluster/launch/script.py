@@ -6,17 +6,19 @@ of the shell, and stands between double quotes.
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from eurollm_jax import __version__
 from eurollm_jax.cluster.launch.job import Job, clock, container_of
 from eurollm_jax.cluster.site import Site
 from eurollm_jax.parallel.flags import FLAGS, FRACTION_VARIABLE, JAX_FRACTION, MEMORY_FRACTION, xla_flags
 
+LOST_REASON = "a process hung, or was killed: a few in a row may be chance"
 LOST_IN_A_ROW = 5  # starts that end by a lost process, after which the cause is not chance
 WAIT_SECONDS = 180  # that processes may end apart: parallel/liveness.py names one that is silent after 120
 
-STOPPED, LOST = "75", "76|134|137|138|139|143"  # statuses: docs/runs.md
+STOPPED, TOLD, LOST = 75, 138, (76, 134, 137, 138, 139, 143)  # statuses: docs/runs.md; 138: killed by SIGUSR1
+PLATFORMS = "JAX_PLATFORMS"
 
 
 def render(site: Site, job: Job) -> str:
@@ -99,6 +101,8 @@ def _shell(site: Site, job: Job) -> Iterator[str]:
         yield "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     yield 'log="$folder/logs/$job"'
     yield "restarts=${SLURM_RESTART_COUNT:-0}"
+    yield "# What an earlier start ended with is not what this one does."
+    yield 'rm -f "$log.status"'
     if site.scratch is not None:
         yield f"scratch_folder={_expanded(site.scratch)}"
         yield 'mkdir -p "$scratch_folder"'
@@ -129,10 +133,22 @@ def _environment(site: Site, job: Job) -> Iterator[str]:
         yield ""
     yield "# Packages in the user's home directory do not mix with those that are meant."
     yield "export PYTHONNOUSERSITE=1"
+    if not (job.on_devices and "PYTHONPATH" in site.environment):
+        if job.image is None and job.python_path:
+            yield "# Nor do those of modules: this is what eurollm was launched with."
+            yield f"export PYTHONPATH={shlex.quote(job.python_path)}"
+        else:
+            yield "# Nor do those of modules, or of the shell that this was launched from."
+            yield "unset PYTHONPATH"
     yield "# The log is written line by line, also where it is a file."
     yield "export PYTHONUNBUFFERED=1"
     if not job.on_devices:
         return
+    if site.chip.backend != "cpu" and PLATFORMS not in site.environment:
+        yield "# Where there is no device the job ends; JAX alone would go on with the CPU."
+        if job.fits_on_cpu:
+            yield "# The second: the laws of a study are fitted there in 64 bits."
+        yield f"export {PLATFORMS}={site.chip.backend}{',cpu' if job.fits_on_cpu else ''}"
     if site.scratch is not None:
         yield "# Programs that were compiled are found again by the next start; homes are too small for them."
         yield 'export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$scratch_folder/eurollm_jax/xla}"'
@@ -142,6 +158,7 @@ def _environment(site: Site, job: Job) -> Iterator[str]:
         yield f'export XLA_FLAGS="${{XLA_FLAGS:+$XLA_FLAGS }}{xla_flags(site.chip.backend)}"'
     if site.chip.backend != "cpu" and FRACTION_VARIABLE not in site.environment:
         yield f"# Of a GPU's memory; JAX alone would take {JAX_FRACTION}. The rest is for communication and the driver."
+        yield "unset XLA_CLIENT_MEM_FRACTION  # jaxlib refuses both names at once"
         yield f"export {FRACTION_VARIABLE}={MEMORY_FRACTION}"
 
 
@@ -156,7 +173,8 @@ def _container(site: Site, job: Job) -> Iterator[str]:
     container = container_of(site)
     yield "# Paths that must be seen inside, under the same names."
     binds = [*container.binds, *(["$scratch_folder"] if site.scratch is not None else []), "$PWD"]
-    yield f"binds={_expanded(','.join(dict.fromkeys(binds)))}"
+    mounts = shlex.quote("".join(f",{folder}" for folder in job.mounts)) if job.mounts else ""
+    yield f"binds={_expanded(','.join(dict.fromkeys(binds)))}{mounts}"
     yield f'container=({shlex.join(container.command.split())} --bind "$binds" {shlex.quote(job.image)})'
 
 
@@ -199,14 +217,21 @@ def _step_options(site: Site, job: Job) -> Iterator[str]:
 
 
 def _ending(job: Job) -> Iterator[str]:
+    if job.checkpoints is not None:
+        yield f"checkpoints={shlex.quote(str(job.checkpoints))}"
+    stopped = (STOPPED, TOLD) if job.piecemeal else (STOPPED,)
     yield "again=no"
     yield "case $status in"
-    yield f"  {STOPPED}) # all is saved"
+    yield f"  {_any_of(stopped)}) # {'what is done is saved' if job.piecemeal else 'all is saved'}"
     yield '    rm -f "$log.lost"'
     yield "    again=yes"
     yield "    ;;"
-    yield f"  {LOST}) # a process hung, or was killed: a few in a row may be chance"
-    yield '    echo "$(date "+%Y-%m-%dT%H:%M:%S%z") status $status on $SLURM_JOB_NODELIST" >> "$log.lost"'
+    yield f"  {_any_of(status for status in LOST if status not in stopped)}) # {LOST_REASON}"
+    line = '$(date "+%Y-%m-%dT%H:%M:%S%z") status $status on $SLURM_JOB_NODELIST'
+    if job.checkpoints is not None:
+        yield from _newest()
+        line += ", newest checkpoint $newest"
+    yield f'    echo "{line}" >> "$log.lost"'
     yield f'    if (($(wc -l < "$log.lost") < {LOST_IN_A_ROW})); then'
     yield "      again=yes"
     yield "    else"
@@ -222,3 +247,20 @@ def _ending(job: Job) -> Iterator[str]:
     yield "  fi"
     yield "fi"
     yield 'exit "$status"'
+
+
+def _any_of(statuses: Iterable[int]) -> str:
+    return "|".join(map(str, statuses))
+
+
+def _newest() -> Iterator[str]:
+    """The step of the newest checkpoint; where it is a later one than at the last loss, that one was not in a row."""
+    yield "    newest=0"
+    yield '    for checkpoint in "$checkpoints"/*; do'
+    yield "      step=${checkpoint##*/}"
+    yield "      if [[ $step =~ ^[0-9]+$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi"
+    yield "    done"
+    yield "    if [[ -s $log.lost ]]; then"
+    yield '      last=$(tail -n 1 "$log.lost")'
+    yield '      if ((newest > ${last##* })); then rm "$log.lost"; fi # it went on in between'
+    yield "    fi"

@@ -1,5 +1,6 @@
 """From jobs to the scheduler: scripts are written beside what they make, and no second job is queued for the same."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,12 @@ def launch(site: Site, jobs: Sequence[Job], *, dry_run: bool = False, follow: bo
         require_fitting(site, job)
     for note in site.notes:
         print(f"{site.name}: {note}", file=sys.stderr)
+    if any(job.cores is None for job in jobs):
+        print(
+            f"{site.name}: --cpus-per-task is not given, and Slurm may give each process one core: set cores_per_node "
+            "in a site file (docs/sites.md)",
+            file=sys.stderr,
+        )
     if dry_run:
         print("\n".join(render(site, job) for job in jobs), end="")
         return 0
@@ -41,7 +48,12 @@ def launch(site: Site, jobs: Sequence[Job], *, dry_run: bool = False, follow: bo
     try:
         return slurm.follow(submitted)
     except KeyboardInterrupt:
-        print(f"job {submitted[-1][0]} goes on; the same command follows it again", file=sys.stderr)
+        number, job = submitted[-1]
+        print(
+            f"job {number} goes on: the same command follows it while it is there, and submits the next one once it "
+            f"has ended; tail -f {shlex.quote(str(job.logs / _log(number, job)))} follows it alone",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -53,9 +65,12 @@ def _submitted(site: Site, jobs: Sequence[Job]) -> list[tuple[str, Job]]:
     for job in jobs:
         number = slurm.submit(job, found[-1][0] if found else None)
         found.append((number, job))
-        log = f"{number}.out" if job.array is None else f"{number}_*.out"
         print(f"job {number}: {job.title}")
-        print(f"  script {job.script}, log {job.logs / log}")
+        print(f"  script {job.script}, log {job.logs / _log(number, job)}")
     numbers = [number for number, _ in found]
     print(f"Look: squeue --jobs {','.join(numbers)}   End: scancel {' '.join(numbers)}", flush=True)
     return found
+
+
+def _log(number: str, job: Job) -> str:
+    return f"{number}.out" if job.array is None else f"{number}_*.out"

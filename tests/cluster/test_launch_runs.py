@@ -2,7 +2,7 @@
 machine, preempted, queued again, resumed, and the weights of a run that nobody disturbed."""
 
 import dataclasses
-import os
+import subprocess
 import sys
 
 import pytest
@@ -119,7 +119,7 @@ def preempted_and_gone_on(cluster, site, experiment, folder, nodes):
     assert len(list(folder.glob("there-*"))) == tasks, log.read_text()
     assert main([*launch, "--seed", "7"]) == 1  # while it runs, no second one
     (job,) = cluster.jobs()
-    assert os.spawnlp(os.P_WAIT, "scancel", "scancel", "--signal=USR1", str(job["number"])) == 0
+    subprocess.run(["scancel", "--signal=USR1", str(job["number"])], check=True)
     (job,) = cluster.ended()
     assert (job["state"], job["restarts"], job["statuses"][-1]) == ("COMPLETED", 1, 0), log.read_text()
     said = log.read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from scripts.chaos import AT_THE_END
 
-KILLS = int(os.environ.get("EUROLLM_KILLS", "5"))
+KILLS = int(os.environ.get("EUROLLM_KILLS", "2"))
 SCRIPT = Path(__file__).parents[2] / "scripts" / "chaos.py"
 
 

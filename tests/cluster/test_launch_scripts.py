@@ -169,7 +169,7 @@ def test_a_binding_is_for_as_many_processes_as_the_site_starts():
 
 
 def test_directives_hold_what_shells_and_sbatch_divide_at(tmp_path):
-    folder = Path("/work/it's 50% #1 \\ $HOME/x.launch")
+    folder = Path("/project/it's 50% #1 \\ $HOME/x.launch")
     path = tmp_path / "job.sbatch"
     path.write_text(render(CPU, training(CPU, folder=folder, directory=folder.parent, options=("--comment=a b",))))
     found = directives(path)

@@ -1,6 +1,7 @@
 """What every family must show: a small random model of transformers, read by us, computes the same, and comes back."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -21,6 +23,11 @@ from eurollm_jax.parallel.mesh import Layout, MeshConfig
 
 LOGITS_TOLERANCE = 2e-4
 NEW_TOKENS = 32
+
+
+def variants(cases: Iterable[str], *, fast: tuple[str, ...]) -> list[Any]:
+    """The names of all cases as parameters; those that are not `fast` run in the slow set."""
+    return [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in cases]
 
 
 def random_model(model_class: Any, config: Any, *, seed: int = 0, std: float = 0.15) -> Any:

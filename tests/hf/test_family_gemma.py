@@ -27,6 +27,7 @@ from tests.hf.parity import (
     random_model,
     saved,
     tensors_of,
+    variants,
 )
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -94,7 +95,7 @@ def folder_of(name, fields, tmp_path):
     return model, saved(model, tmp_path / "theirs", max_shard_size="10KB")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", variants(CASES, fast=("gemma2", "gemma3")))
 def test_import_computes_the_same_and_comes_back(case, tmp_path):
     name, fields = CASES[case]
     model, folder = folder_of(name, fields, tmp_path)
@@ -106,7 +107,7 @@ def test_import_computes_the_same_and_comes_back(case, tmp_path):
     assert_config_comes_back(hub, without_effect=NOT_READ)
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Gemma3Text"])
+@pytest.mark.parametrize("name", [pytest.param("Gemma2", marks=pytest.mark.slow), "Gemma3Text"])
 def test_one_step_on_eight_devices_and_back(name, tmp_path):
     _, folder = folder_of(name, EVEN | dict(sliding_window=5), tmp_path)
     assert_trains(HubFolder(folder), tmp_path / "ours")

@@ -35,6 +35,7 @@ from tests.hf.parity import (
     assert_trains,
     random_folder,
     saved,
+    variants,
 )
 
 PUBLISHED = json.loads((Path(__file__).parent.parent / "golden" / "published.json").read_text())
@@ -101,13 +102,26 @@ def folder_of(name, fields, tmp_path, **changes):
     return random_folder(name, dict(max_position_embeddings=512) | fields | changes, tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    variants(
+        CASES,
+        fast=(
+            "llama biases, gelu, linear",
+            "mistral, window shorter than the text",
+            "qwen2 windows",
+            "qwen3 biases, tied, yarn",
+        ),
+    ),
+)
 def test_import_computes_the_same_and_comes_back(case, tmp_path):
     model, folder = folder_of(*CASES[case], tmp_path)
     assert_in_and_out(model, folder, tmp_path / "ours", without_effect=("max_window_layers",))
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "name", ["Llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Mistral", "Qwen2", "Qwen3"))]
+)
 def test_one_step_on_eight_devices_and_back(name, tmp_path):
     biases = {"Llama": dict(mlp_bias=True), "Mistral": dict(sliding_window=5)}.get(name, {})
     _, folder = folder_of(name, EVEN | biases, tmp_path)

@@ -27,6 +27,7 @@ from tests.hf.parity import (
     assert_trains,
     random_model,
     saved,
+    variants,
 )
 
 SIZES = dict(vocab_size=98, num_hidden_layers=3, max_position_embeddings=64, intermediate_size=20, use_cache=True)
@@ -87,7 +88,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=variants(MODELS, fast=("mixtral", "qwen-normalised", "glm-odd")))
 def model(request):
     """With routers that tell experts apart, so that no rounding changes the choice, and biases that matter to it."""
     model_class, config = MODELS[request.param]
@@ -112,7 +113,15 @@ def test_computes_what_transformers_computes_and_comes_back(model, folder, tmp_p
     assert_comes_back(hub, tmp_path / "again")
 
 
-@pytest.mark.parametrize("model", ["mixtral-window", "qwen-normalised", "glm"], indirect=True)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("mixtral-window", marks=pytest.mark.slow),
+        "qwen-normalised",
+        pytest.param("glm", marks=pytest.mark.slow),
+    ],
+    indirect=True,
+)
 def test_trains_on_eight_devices_and_transformers_loads_it(model, folder, tmp_path):
     assert_trains(HubFolder(folder), tmp_path / "trained")
 

@@ -17,6 +17,7 @@ from tests.hf.parity import (
     assert_in_and_out,
     assert_trains,
     random_folder,
+    variants,
 )
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -76,13 +77,19 @@ def folder_of(name, fields, tmp_path):
     return random_folder(name, dict(max_position_embeddings=512) | fields, tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", variants(CASES, fast=("olmo2", "olmo3")))
 def test_import_computes_the_same_and_comes_back(case, tmp_path):
     model, folder = folder_of(*CASES[case], tmp_path)
     assert_in_and_out(model, folder, tmp_path / "ours", older_alone=case != "olmo3, other theta")
 
 
-@pytest.mark.parametrize("case", [("Olmo2", EVEN), ("Olmo3", EVEN | dict(sliding_window=5))], ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(("Olmo2", EVEN), marks=pytest.mark.slow, id="Olmo2"),
+        pytest.param(("Olmo3", EVEN | dict(sliding_window=5)), id="Olmo3"),
+    ],
+)
 def test_one_step_on_eight_devices_and_back(case, tmp_path):
     _, folder = folder_of(*case, tmp_path)
     assert_trains(HubFolder(folder), tmp_path / "ours")

@@ -208,7 +208,11 @@ def assert_equal_trees(ours, theirs, tolerance=1e-4):
         np.testing.assert_allclose(one, other, atol=limit, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("c", [MODELS["gemma"], MODELS["smollm"], MIXED], ids=["gemma", "smollm", "mixture"])
+@pytest.mark.parametrize(
+    "c",
+    [pytest.param(MODELS["gemma"], marks=pytest.mark.slow), MODELS["smollm"], MIXED],
+    ids=["gemma", "smollm", "mixture"],
+)
 def test_a_pattern_is_its_layers_written_out(c, one_device):
     """Scanned by the period, with layers left over, or as one pattern as long as the model: values and gradients."""
     weights, rows = random_params(c), packed()
@@ -220,7 +224,7 @@ def test_a_pattern_is_its_layers_written_out(c, one_device):
         assert ours[0][1].load.shape == (c.depth, c.mlp.experts)
 
 
-@pytest.mark.parametrize("c", [MODELS["olmo"], MIXED], ids=["dense", "mixture"])
+@pytest.mark.parametrize("c", [MODELS["olmo"], pytest.param(MIXED, marks=pytest.mark.slow)], ids=["dense", "mixture"])
 def test_recomputing_changes_no_gradient(c, one_device):
     weights, rows = random_params(c), packed()
     kept = loss_and_gradients(replace(c, remat="none"), weights, one_device, rows)
@@ -250,7 +254,14 @@ READERS = {name: MODELS[name] for name in ("llama", "gemma", "smollm")} | {
 }
 
 
-@pytest.mark.parametrize("cuts", [(5, 6, 9), tuple(range(1, 14)), (13,)], ids=["pieces", "one by one", "nearly all"])
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        pytest.param((5, 6, 9), id="pieces"),
+        pytest.param(tuple(range(1, 14)), id="one by one", marks=pytest.mark.slow),
+        pytest.param((13,), id="nearly all", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", READERS)
 def test_reading_in_pieces_equals_reading_at_once(name, cuts, one_device):
     """Each piece is padded to a length of its own: what lies past `valid` must leave no trace."""

@@ -74,10 +74,10 @@ def alone():
     [
         ("dense", None, 8),
         ("dense", MeshConfig(data=2, fsdp=2, tensor=2), 2),
-        ("dense", MeshConfig(data=1, fsdp=4, tensor=2), 2),
+        pytest.param("dense", MeshConfig(data=1, fsdp=4, tensor=2), 2, marks=pytest.mark.slow),
         ("dense", MeshConfig(data=1, tensor=2, context=4), 4),
         ("mixture", MeshConfig(data=1, fsdp=2, expert=4), 2),
-        ("mixture", MeshConfig(replica=2, data=2, expert=2), 2),
+        pytest.param("mixture", MeshConfig(replica=2, data=2, expert=2), 2, marks=pytest.mark.slow),
     ],
     ids=["one-device", "data-fsdp-tensor", "fsdp-tensor", "context-tensor", "fsdp-expert", "replica-data-expert"],
 )

@@ -109,7 +109,9 @@ def mesh():
     return Layout(MeshConfig(data=2, fsdp=2, tensor=2).build())
 
 
-@pytest.mark.parametrize("optimizer", [*ALL, *NARROW], ids=name)
+@pytest.mark.parametrize(
+    "optimizer", [*ALL, *(pytest.param(one, marks=pytest.mark.slow) for one in NARROW[:3]), *NARROW[3:]], ids=name
+)
 def test_a_step_is_the_same_on_a_mesh_and_state_lives_where_the_weights_do(optimizer, tiny, mesh):
     weights = specs(tiny)
     built = optimizer.build(optax.constant_schedule(1e-2), weights)

@@ -74,7 +74,7 @@ def flipped(state, path, device, **where):
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(fsdp=2, tensor=2), MeshConfig(replica=2, context=2)],
+    [MeshConfig(fsdp=2, tensor=2), pytest.param(MeshConfig(replica=2, context=2), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_copies_stay_the_same_through_training_and_any_flipped_bit_is_found(mesh):

@@ -21,8 +21,8 @@ from eurollm_jax.training.step import build_program
 MESHES = [
     MeshConfig(data=8),
     MeshConfig(data=1, fsdp=8),
-    MeshConfig(data=1, fsdp=4, tensor=2),
-    MeshConfig(data=4, fsdp=1, tensor=2),
+    pytest.param(MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=4, fsdp=1, tensor=2), marks=pytest.mark.slow),
     MeshConfig(data=2, fsdp=2, tensor=2),
 ]
 

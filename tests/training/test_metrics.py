@@ -3,6 +3,8 @@
 import json
 import resource
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +127,18 @@ def test_curves_that_cannot_be_written_do_not_hold_the_run(tmp_path, caplog):
 
 def read(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_curves_do_without_torch_which_can_be_imported_after_them(tmp_path):
+    code = (
+        "import sys, importlib.util\n"
+        "from pathlib import Path\n"
+        "from eurollm_jax.training.metrics import MetricsWriter\n"
+        "with MetricsWriter(Path(sys.argv[1]), resume_at=0, facts={}) as writer:\n"
+        "    writer.curves(1, {'loss': 1.0})\n"
+        "assert 'tensorboardX' in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert importlib.util.find_spec('torch')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert list((tmp_path / "tensorboard").iterdir())

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -129,10 +130,8 @@ class MetricsWriter:
 
     @cached_property
     def _board(self) -> Any:
-        """Opened at the first curve: the package imports torch wherever that is installed, which takes two seconds."""
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._run / "tensorboard"), purge_step=self._resume_at + 1)
+        """Opened at the first curve."""
+        return _summary_writer()(str(self._run / "tensorboard"), purge_step=self._resume_at + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         if self._writes:
@@ -189,6 +188,18 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
+
+
+def _summary_writer() -> Any:
+    """TensorBoard's writer. Its package would import torch wherever that is installed, for tensors that never come: it
+    must not find it, for that would hold the first curve up for seconds."""
+    hidden = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden is None:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _lives(board: Any) -> bool:

@@ -5,13 +5,8 @@ import pytest
 from eurollm_jax.ablation.space import open_space
 from eurollm_jax.ablation.study import Design, Study
 from eurollm_jax.corpus.preparing.prepare import prepare
-from eurollm_jax.data.loader import DataConfig
-from eurollm_jax.data.mixture import Mixture
-from eurollm_jax.experiment import Experiment
-from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.training.inputs import open_inputs
-from eurollm_jax.training.saving import Saving
-from eurollm_jax.training.schedule import WSD
+from tests.tiny import tiny_experiment, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -26,34 +21,16 @@ def heldout(corpus_dir, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def study(tokenizer, store, heldout, tmp_path):
-    model = TransformerConfig(
-        vocab_size=tokenizer.vocab_size,
-        width=16,
-        depth=1,
-        heads=2,
-        kv_heads=2,
-        head_dim=8,
-        mlp=Gated(32),
-        max_positions=32,
-        tied=True,
-        compute="float32",
-        remat="none",
-    )
-    proxy = Experiment(
+    proxy = tiny_experiment(
+        tokenizer,
+        store,
+        heldout,
+        tmp_path,
         name="proxy",
-        tokenizer=str(tokenizer.model_path),
-        data=DataConfig(store=str(store.path), mixture=Mixture.temperature(0.5, "bytes"), sequence_length=32),
-        heldout=str(heldout.path),
-        model=model,
-        schedule=WSD(peak=1e-2, warmup=2),
-        steps=12,
-        batch_size=8,
+        model=tiny_model(tokenizer, depth=1, heads=2),
         log_every=4,
         evaluate_every=6,
-        evaluate_rows=2,
         checkpoint_every=6,
-        saving=Saving(before_decay=False),
-        runs=str(tmp_path / "runs"),
     )
     return Study(
         name="tiny",

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import socket
 import subprocess
 import sys
 import threading
@@ -13,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from eurollm_jax.cli import main
-from eurollm_jax.cluster.doctor import checks, compare, examine, rendezvous, versions
+from eurollm_jax.cluster.doctor import checks, compare, examine, versions
 from eurollm_jax.cluster.doctor.finding import Finding, Report, failed, passed
 from eurollm_jax.cluster.doctor.meeting import Meeting
 from eurollm_jax.cluster.doctor.table import LINES, rows, status_of, summary
 from eurollm_jax.cluster.sites import SITES
 from tests.cluster.doctors import distribution
-from tests.processes import free_port
 
 SITE = {site.name: site for site in SITES}
 JAX, JAXLIB = (importlib.metadata.version(name) for name in ("jax", "jaxlib"))
@@ -235,47 +233,6 @@ def test_clocks_are_compared_by_asking_for_the_time():
         found, unsure = measured[process]
         assert unsure < 1
         assert abs(found - offset) <= unsure + 1e-3
-
-
-def test_reports_meet_at_one_address_and_who_does_not_come_is_known():
-    port, heard = free_port(), {}
-    come = [Report(process, f"host{process}", (passed("a", "b" * 10_000),)) for process in (1, 2)]
-
-    def tell(report):
-        heard[report.process] = rendezvous.report_to(("localhost", port), report, 20)
-
-    def knock():  # who is no doctor
-        with socket.create_connection(("localhost", port), 20) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert stranger.recv(1) == b""
-
-    threads = [*(threading.Thread(target=tell, args=(report,)) for report in come)]
-    for thread in threads:
-        thread.start()
-    stranger = threading.Timer(0.3, knock)
-    stranger.start()
-    own = Report(0, "host0")
-    found, verdict = rendezvous.receive(port, own, 4, 2.0, lambda of: {"stop": [r is None for r in of]})
-    for thread in (*threads, stranger):
-        thread.join()
-    assert found == [own, *come, None]
-    assert verdict == heard[1] == heard[2] == {"stop": [False, False, False, True]}
-    assert rendezvous.report_to(("localhost", port), own, 0.3) is None
-
-
-def test_where_process_0_is_as_jax_finds_it(monkeypatch):
-    from jax._src.clusters import OmpiCluster, SlurmCluster
-
-    uri = "1531576320.0;tcp://10.96.0.1,10.148.0.1,10.108.0.1:34911"
-    nodes = ["nid001", "nid001,nid7", "nid[001-004]", "nid[001,007-009],other"]
-    cases = [({"SLURM_STEP_NODELIST": node, "SLURM_JOB_ID": "123456"}, SlurmCluster) for node in nodes]
-    for variables, cluster in [*cases, ({"OMPI_MCA_orte_hnp_uri": uri}, OmpiCluster)]:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        host, port = rendezvous.address_of(None, variables)
-        assert f"{host}:{port}" == cluster.get_coordinator_address(None, None)
-    assert rendezvous.address_of("[::1]:77", {}) == ("::1", 77)
-    assert rendezvous.address_of(None, {}) is None
 
 
 def test_devices_are_asked_for_where_all_can_come():

@@ -111,15 +111,6 @@ def test_the_sites_variables():
     assert found.remedy == "export A=1 B=$HOME/x"
 
 
-def test_processes_are_counted_as_their_launcher_does():
-    step = {"SLURM_STEP_NODELIST": "nid[1-2]", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    assert host.started_as(step) == (5, 8)
-    assert host.local_number(step) == 1
-    assert host.started_as({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == (0, 1)  # a batch script
-    assert host.started_as({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", **step}) == (3, 4)
-    assert host.started_as({}) == (0, 1)
-
-
 def test_flags_of_the_compiler_that_are_not_set():
     assert devices.flags_finding("cpu", {}).status == "pass"
     found = devices.flags_finding("cuda", {"XLA_FLAGS": "--xla_some_flag=1"})

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.cluster.doctors import QUICK, Doctors, distribution
+from tests.processes import free_port
 
 SOUND = {"import of jax", "connection", "backend", "products", "attention", "scratch writable", "dependencies"}
 
@@ -153,7 +154,17 @@ def test_without_process_0_each_tells_what_it_has_found(doctors):
     found = doctors.all_ended(doctors.together(3, "--seconds", "4", absent=[0]))
     for said in found:
         assert said.status == 1
-        assert "process 0 does not answer at localhost:" in " ".join(said.out.split())
+        assert "process 0 cannot be reached at localhost:" in " ".join(said.out.split())
+
+
+@pytest.mark.slow
+def test_two_ranks_that_claim_one_number(doctors):
+    joining = f"--coordinator localhost:{free_port()} --processes 3 --seconds 60 --process".split()
+    started = [doctors.start(*joining, "0", "--json", doctors.folder / "found.json")]
+    first, *others = doctors.all_ended([*started, *(doctors.start(*joining, "1") for _ in range(2))])
+    assert [said.status for said in (first, *others)] == [1, 1, 1]
+    assert any("process 1 of 3 is there twice, both on " in row["seen"] for row in first.rows("processes there"))
+    assert "is there twice" in first.row("backend")["seen"]
 
 
 @pytest.mark.slow

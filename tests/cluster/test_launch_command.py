@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eurollm_jax.ablation.study import Design
 from eurollm_jax.cluster import site_files
 from eurollm_jax.data.mixture import Mixture
+from eurollm_jax.experiment import claim_run
 from eurollm_jax.parallel.hardware import CHIPS_BY_NAME
+from eurollm_jax.training.checkpoint import write_checkpoint
+from eurollm_jax.training.inputs import open_inputs
 from tests.ablation.conftest import heldout, study  # noqa: F401
 from tests.cli.conftest import _imports_of_experiments, refuse, run_command  # noqa: F401
 from tests.cluster.fake_slurm.cluster import Cluster
@@ -118,6 +122,44 @@ def test_what_training_would_refuse_at_its_start_is_refused_before_it_waits(at_w
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     assert "99" in said(heldout=str(other))
+
+
+@pytest.fixture
+def trunk(study):  # noqa: F811
+    """The checkpoint of step 6 of a run that differs from `study.proxy` by its name alone; its weights are none."""
+    trunk = dataclasses.replace(study.proxy, name="trunk")
+    inputs = open_inputs(trunk)
+    stores = {"store": inputs.data.fingerprint, "heldout": inputs.heldout.store.fingerprint}
+    claim_run(trunk, "", {"tokenizer": inputs.tokenizer.sha256, **stores}, {})
+    write_checkpoint(trunk.run / "checkpoints", 6, {"weights": (2,)}, [("weights", (), np.ones(2, np.float32))], {})
+    return trunk.run / "checkpoints/6"
+
+
+def test_what_a_run_begins_with_is_looked_at_before_it_waits(at_work, study, trunk):  # noqa: F811
+    proxy = study.proxy
+    run = trunk.parent.parent
+
+    def written(**changed):
+        return "launch", write_experiment(dataclasses.replace(proxy, **changed), at_work), "--site", "test", "--dry-run"
+
+    for sound in ({"start_from": str(run)}, {"branch_from": str(trunk)}):
+        said = run_command(*written(**sound))
+        assert (said.status, said.err) == (0, ""), said
+    shorter = written(branch_from=str(trunk), steps=6)
+    assert "has 6 behind it: set steps to 7 or more" in refuse(at_work, *shorter)
+    other_rate = written(branch_from=str(trunk), schedule=dataclasses.replace(proxy.schedule, peak=1.0))
+    assert "its schedule has a rate of" in refuse(at_work, *other_rate)
+    wider = written(start_from=str(run), model=dataclasses.replace(proxy.model, width=32))
+    assert "has other weights than the model" in refuse(at_work, *wider)
+    for nowhere in ({"start_from": "nowhere"}, {"branch_from": "nowhere/checkpoints/6"}):
+        assert "nowhere is not a run directory" in refuse(at_work, *written(**nowhere))
+    assert "holds no sound checkpoint of step 7" in refuse(at_work, *written(branch_from=str(trunk.with_name("7"))))
+    (trunk / "progress/metadata").write_text("{ }")
+    for damaged in ({"start_from": str(run)}, {"branch_from": str(trunk)}):
+        said = run_command(*written(**damaged))
+        assert said.status == 1
+        assert f"eurollm: {trunk.parent} holds no sound checkpoint" in said.err
+    assert trunk.is_dir()  # it is not the launch that sets it aside
 
 
 def test_what_an_image_must_see_is_mounted(at_work, file, study):  # noqa: F811

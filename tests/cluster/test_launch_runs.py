@@ -8,16 +8,11 @@ import sys
 import pytest
 
 from eurollm_jax.cli import main
-from eurollm_jax.corpus.preparing.prepare import prepare
-from eurollm_jax.data.loader import DataConfig
-from eurollm_jax.data.mixture import Mixture
-from eurollm_jax.experiment import Experiment
-from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.parallel.mesh import MeshConfig
-from eurollm_jax.training.saving import Saving
-from eurollm_jax.training.schedule import WSD
 from tests.cluster.fake_slurm.cluster import Cluster
 from tests.processes import WITHOUT_SAMPLES, Server, differences, flags, outcome, records, write_experiment
+from tests.tiny import tiny_experiment, tiny_model
+from tests.training.conftest import heldout  # noqa: F401
 
 # At the first start of the job every process says before its seventh step that it is there, and waits for a signal.
 WAITS = """
@@ -67,44 +62,18 @@ def site(tmp_path, monkeypatch):
     return path
 
 
-@pytest.fixture(scope="session")
-def heldout(corpus_dir, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("heldout")
-    lines = (corpus_dir / "de.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "de.jsonl").write_bytes(b"".join(lines[:4]))
-    return prepare(folder, tokenizer, folder / "store", workers=1)
-
-
 @pytest.fixture
-def experiment(tokenizer, store, heldout, tmp_path):
-    return Experiment(
-        name="tiny",
-        tokenizer=str(tokenizer.model_path),
-        data=DataConfig(store=str(store.path), mixture=Mixture.temperature(0.5, "bytes"), sequence_length=32),
-        heldout=str(heldout.path),
-        model=TransformerConfig(
-            vocab_size=tokenizer.vocab_size,
-            width=16,
-            depth=1,
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            mlp=Gated(32),
-            max_positions=32,
-            tied=True,
-            compute="float32",
-            remat="none",
-        ),
-        schedule=WSD(peak=1e-2, warmup=2),
-        steps=12,
-        batch_size=8,
+def experiment(tokenizer, store, heldout, tmp_path):  # noqa: F811
+    """Without a save or an evaluation on its way."""
+    return tiny_experiment(
+        tokenizer,
+        store,
+        heldout,
+        tmp_path,
+        model=tiny_model(tokenizer, depth=1),
         mesh=MeshConfig(data=-1, fsdp=2),
-        log_every=3,
         evaluate_every=100,
-        evaluate_rows=2,
         checkpoint_every=100,
-        saving=Saving(before_decay=False),
-        runs=str(tmp_path / "runs"),
     )
 
 

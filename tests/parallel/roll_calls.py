@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,14 @@ def killed_in_a_collective(index, roll):
     time.sleep(LIMIT)
 
 
+def killed_while_another_fails(index, roll):
+    """What jit raises where the other end of a collective is gone is no JaxRuntimeError."""
+    time.sleep(1)
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+
 def stopped(index, roll):
     if index == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -103,6 +112,24 @@ def cannot_say(index, roll):
     time.sleep(LIMIT)
 
 
+def noisy(index, roll):
+    """From when a process knows of the end, a thread writes as JAX's do; the run's log is on a slow file system."""
+
+    class Slow(logging.Handler):
+        def emit(self, record):
+            time.sleep(0.3)
+
+    def write():
+        roll._ending.wait()
+        while True:
+            os.write(2, b"noise\n")
+            time.sleep(0.001)
+
+    logging.getLogger("eurollm_jax").addHandler(Slow())
+    threading.Thread(target=write, daemon=True).start()
+    user_error(index, roll)
+
+
 def absent(index, roll):
     time.sleep(LIMIT)
 
@@ -132,10 +159,13 @@ def port_of(roll):
 
 
 CASES = {act.__name__: act for act in (fine, asked_to_stop, user_error, defect, killed, first_killed)}
-CASES |= {act.__name__: act for act in (killed_in_a_collective, stopped, first_stopped, hangs, cannot_say)}
+CASES |= {
+    act.__name__: act
+    for act in (killed_in_a_collective, killed_while_another_fails, stopped, first_stopped, hangs, cannot_say)
+}
 
 
-CASES |= {act.__name__: act for act in (absent, strangers, in_two_parts)}
+CASES |= {act.__name__: act for act in (noisy, absent, strangers, in_two_parts)}
 
 
 class InTwoParts(hub.Line):
@@ -147,9 +177,9 @@ class InTwoParts(hub.Line):
 
 
 def process(case, index, port, said):
-    sys.stdout = sys.stderr = said.open("w", buffering=1)
-    for number in (1, 2):  # C++ writes there
-        os.dup2(sys.stderr.fileno(), number)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(file, number)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     if case == "absent":
         hub.MEET_SECONDS = 3.0

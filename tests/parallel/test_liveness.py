@@ -52,6 +52,13 @@ def test_an_error_in_one_ends_all_with_its_process_its_words_and_its_status(ends
         assert "Traceback" not in text
 
 
+def test_nothing_is_said_after_the_line_that_tells_why(ends):
+    statuses, said = ends["noisy"]
+    assert statuses == [1, 1, 1]
+    assert all(last_line(text).endswith(": store/de line 7 is damaged: prepare it again.") for text in said)
+    assert "noise" in said[0]  # which leaves the others time for their end
+
+
 def test_a_defect_shows_its_traceback_where_it_is_and_its_name_everywhere(ends):
     statuses, said = ends["defect"]
     assert statuses == [1, 1, 1]
@@ -59,11 +66,14 @@ def test_a_defect_shows_its_traceback_where_it_is_and_its_name_everywhere(ends):
     assert ["Traceback" in text for text in said] == [True, False, False]
 
 
-@pytest.mark.parametrize("case", ["killed", "killed_in_a_collective", "first_killed"])
+VICTIMS = {"killed": 1, "killed_in_a_collective": 2, "killed_while_another_fails": 1, "first_killed": 0}
+
+
+@pytest.mark.parametrize("case", VICTIMS)
 def test_a_killed_process_is_named_by_all_others(ends, case):
     statuses, said = ends[case]
     victim = statuses.index(-9)
-    assert victim == {"killed": 1, "killed_in_a_collective": 2, "first_killed": 0}[case]
+    assert victim == VICTIMS[case]
     for index in {0, 1, 2} - {victim}:
         assert statuses[index] == 76
         assert last_line(said[index]).startswith(f"process {victim} ")
@@ -108,7 +118,7 @@ def test_the_end_is_noted_by_all_and_comes_also_where_nothing_can_be_said(ends):
     statuses, said = ends["cannot_say"]
     assert statuses == [1, 1, 1]
     for text in said:
-        noted, line = text.splitlines()[:2]  # and what JAX says, which loses process 0
+        noted, *_, line = text.splitlines()
         assert noted == f"noted: {line}"
         assert line.startswith("process 2 of 3 on ")
         assert line.endswith(": store/de line 7 is damaged: prepare it again.")

@@ -3,29 +3,12 @@
 import pytest
 
 from eurollm_jax.corpus.preparing.prepare import prepare
-from eurollm_jax.data.loader import DataConfig
-from eurollm_jax.data.mixture import Mixture
-from eurollm_jax.experiment import Experiment
-from eurollm_jax.model.config import Gated, TransformerConfig
-from eurollm_jax.training.saving import Saving
-from eurollm_jax.training.schedule import WSD
+from tests.tiny import tiny_experiment, tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny(tokenizer):
-    return TransformerConfig(
-        vocab_size=tokenizer.vocab_size,
-        width=16,
-        depth=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        mlp=Gated(32),
-        max_positions=32,
-        tied=True,
-        compute="float32",
-        remat="none",
-    )
+    return tiny_model(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -41,19 +24,4 @@ def heldout(corpus_dir, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def experiment(tiny, tokenizer, store, heldout, tmp_path):
-    return Experiment(
-        name="tiny",
-        tokenizer=str(tokenizer.model_path),
-        data=DataConfig(store=str(store.path), mixture=Mixture.temperature(0.5, "bytes"), sequence_length=32),
-        heldout=str(heldout.path),
-        model=tiny,
-        schedule=WSD(peak=1e-2, warmup=2),
-        steps=12,
-        batch_size=8,
-        log_every=3,
-        evaluate_every=5,
-        evaluate_rows=2,
-        checkpoint_every=4,
-        saving=Saving(before_decay=False),
-        runs=str(tmp_path / "runs"),
-    )
+    return tiny_experiment(tokenizer, store, heldout, tmp_path, model=tiny)

@@ -100,15 +100,15 @@ def stop_by_a_signal(server, experiment, folder, number, *, at, processes):
 
 def stop_by_a_death(server, experiment, folder, *, at, processes):
     """SIGKILL of the last process: the others end, and name it."""
-    before = newest(experiment.run)
+    before = newest(experiment.run) if experiment.run.exists() else 0
     with server.start(*command(experiment, folder), processes=processes) as group:
         group.until(lambda: at_step(group, at))
         group.signal(signal.SIGKILL, processes - 1)
         assert group.wait(LOST_WITHIN) == [LOST] * (processes - 1) + [-signal.SIGKILL], group.last_words()
         if processes > 1:
             assert "process 1" in group.said()
-    (*_, restart) = records(experiment.run, "restart")
-    assert restart["step"] == before
+    (*_, begun) = records(experiment.run, "start", "restart")
+    assert begun["step"] == before
 
 
 def endless(experiment):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eurollm_jax.cluster.launch.job import Job
     from eurollm_jax.cluster.site import Site
     from eurollm_jax.experiment import Experiment
+    from eurollm_jax.training.inputs import Inputs
 
 ABOUT = """\
 eurollm launch [train] EXPERIMENT --site S --nodes N [--field value ...]
@@ -325,6 +326,24 @@ def _require_fitting(experiment: "Experiment", devices: int) -> None:
     inputs = open_inputs(experiment)
     experiment.schedule.build(experiment.steps)
     mixture_plan(experiment.data.mixture, inputs.data.sizes, experiment.total_rows)
+    if experiment.start_from is not None or experiment.branch_from is not None:
+        _require_start(experiment, inputs)
+
+
+def _require_start(experiment: "Experiment", inputs: "Inputs") -> None:
+    """UserError for what `train` would refuse of the checkpoint that a run begins with, read as it reads it."""
+    import jax
+
+    from eurollm_jax.training.start import hash_of_start, require_branch
+
+    jax.config.update("jax_platforms", "cpu")  # learning rates are compared: a login node's GPU is left to others
+    hashes = {
+        "tokenizer": inputs.tokenizer.sha256,
+        "store": inputs.data.fingerprint,
+        "heldout": inputs.heldout.store.fingerprint,
+        **hash_of_start(experiment),
+    }
+    require_branch(experiment, hashes)
 
 
 def _counted(count: int, noun: str) -> str:

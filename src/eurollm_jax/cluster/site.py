@@ -49,3 +49,8 @@ class Site:
     notes: tuple[str, ...] = ()  # what a user of this site must know
     sources: Mapping[str, str] = field(default_factory=dict)  # field -> where its value is from
     unverified: Mapping[str, str] = field(default_factory=dict)  # field -> why it could not be checked
+
+
+def for_bash(text: str) -> str:
+    """A text with shell variables between double quotes: they are replaced, and what comes of it is one word."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'

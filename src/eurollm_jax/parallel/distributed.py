@@ -8,19 +8,27 @@ import hashlib
 import json
 import os
 import platform
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from eurollm_jax.errors import UserError
+from eurollm_jax.errors import LostError, UserError
+from eurollm_jax.parallel.launcher import address_of, launcher_of, node_of, nodes_of, own_devices, started_as
+from eurollm_jax.parallel.rendezvous import (
+    SERVICE_SECONDS,
+    START_SECONDS,
+    Arrival,
+    Fault,
+    absence,
+    come,
+    divided,
+    receive,
+    wait_for_service,
+)
 
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # set by launchers and schedulers
-START_SECONDS = 300  # that processes wait for each other at the start
 HEARTBEAT_SECONDS = 180  # after which JAX aborts all without a name: later than parallel/liveness.py finds out
 
 
@@ -38,8 +46,7 @@ class Coordination:
                 f"process {self.index} of {self.processes} is none: give --process a number from 0 to "
                 f"{self.processes - 1}."
             )
-        if ":" not in self.address:
-            raise UserError(f"--coordinator {self.address} has no port: write it as host:port.")
+        divided(self.address)
 
 
 def connect(by_hand: Coordination | None = None, seconds: int = START_SECONDS) -> None:
@@ -47,23 +54,29 @@ def connect(by_hand: Coordination | None = None, seconds: int = START_SECONDS) -
 
     Without `by_hand`, an Open MPI launch or a Slurm step of several tasks is recognised by its variables; everything
     else is one process. A process uses all devices that it sees, or its share of them where it has others beside it on
-    its host. They are waited for so many `seconds`. Raises UserError where the others cannot be reached.
+    its host. They are waited for so many `seconds`. Where one does not come, LostError names it in all that do;
+    UserError is raised where another start would go no better.
     """
-    launcher = None if by_hand is not None else _launcher()
+    launcher = None if by_hand is not None else launcher_of(os.environ)
     if launcher is None and (by_hand is None or by_hand.processes == 1):
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which training/stopping.py does
-    initialize = partial(
-        jax.distributed.initialize,
-        initialization_timeout=seconds,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    options: dict[str, Any] = {} if by_hand is not None else {"local_device_ids": own_devices(os.environ)}
+    if (place := by_hand or _launched()) is None:
+        options["cluster_detection_method"] = launcher
+    else:
+        if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # by which process 0 may listen at another port
+            _meet(place, seconds)
+        options["cluster_detection_method"] = "deactivate"
+        options |= {
+            "coordinator_address": place.address,
+            "num_processes": place.processes,
+            "process_id": place.index,
+        }
     try:
-        if by_hand is not None:
-            where = by_hand.address, by_hand.processes, by_hand.index
-            initialize(*where, cluster_detection_method="deactivate")
-        else:
-            initialize(cluster_detection_method=launcher, local_device_ids=_own_devices())
+        jax.distributed.initialize(
+            initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **options
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of this run do not find each other ({str(error).splitlines()[0]}): check that all were "
@@ -71,33 +84,35 @@ def connect(by_hand: Coordination | None = None, seconds: int = START_SECONDS) -
         ) from error
 
 
-def _launcher() -> str | None:
-    """JAX's name of what has started this process as one of several."""
-    if _number("OMPI_COMM_WORLD_SIZE") > 1:  # first, for its processes have Slurm's variables of the one that began it
-        return "ompi"
-    if "SLURM_STEP_NODELIST" not in os.environ:
-        return None  # a shell in an allocation of several tasks is one process
-    return "slurm" if _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1 else None
+def _launched() -> Coordination | None:
+    """This process's place as its launcher tells it; None where the address of process 0 is not known beforehand."""
+    address, (process, processes) = address_of(os.environ), started_as(os.environ)
+    return None if address is None else Coordination(address, processes, process)
 
 
-def _own_devices() -> Sequence[int]:
-    """Which of the devices that a process sees are its own: none named are all of them.
+def _meet(place: Coordination, seconds: float) -> None:
+    """Until all processes have come to process 0; where they do not, all that have raise the same error."""
+    own = Arrival(place.index, place.processes, node_of(os.environ))
 
-    JAX would take the one that has the process's number on its host, for one task a node the first of many, and for
-    tasks that each see a single device one that is not there.
-    """
-    here = _number("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
-    own = _number("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=0)
-    seen = next((len(os.environ[name].split(",")) for name in VISIBLE if os.environ.get(name)), here)
-    share = seen // here
-    return () if here == 1 or share == 0 or seen == 1 else range(own * share, (own + 1) * share)
+    def judge(arrivals: Sequence[Arrival | None], fault: Fault | None) -> Mapping[str, Any]:
+        found = fault or absence(arrivals, seconds, nodes_of(os.environ))
+        return {} if found is None else {"error": f"{found.what}: {found.remedy}.", "lost": found.lost}
 
-
-def _number(*names: str, default: int = 1) -> int:
-    """What the first of these that is there begins with: Slurm writes 4(x2) for 4 tasks on each of 2 nodes."""
-    found = next((os.environ[name] for name in names if name in os.environ), "")
-    digits = re.match(r"\d+", found)
-    return int(digits[0]) if digits else default
+    try:
+        verdict = come(place.address, own, seconds) if own.process else receive(place.address, own, seconds, judge)
+        if own.process and not verdict:
+            wait_for_service(place.address, min(seconds, SERVICE_SECONDS))
+    except ConnectionError as error:
+        raise LostError(
+            f"{error}: see what process 0 says, and whether its host is reached from {own.host}."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at {place.address} on {own.host} ({os.strerror(error.errno or 0).lower()}): end "
+            "what listens there, or choose another port."
+        ) from error
+    if verdict:
+        raise (LostError if verdict["lost"] else UserError)(verdict["error"])
 
 
 def is_first() -> bool:

@@ -89,9 +89,7 @@ class Hub:
 
     def __init__(self, processes: int, silence: float, own: Line) -> None:
         self._processes, self._silence, self._token = processes, silence, secrets.token_hex(16)
-        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # each process is one, and a usual limit is 1024
-        self._server = _server(processes)
+        self._server = listening(0, processes)
         self._members = {0: _Member(own, socket.gethostname())}
         self._judged: Message | None = None
         self._closed = threading.Event()
@@ -241,11 +239,13 @@ def connected(invitation: Message, hello: Message) -> Line | None:
     return None
 
 
-def _server(backlog: int) -> socket.socket:
-    """Listens at a port that the system chooses."""
+def listening(port: int, processes: int) -> socket.socket:
+    """At a port, 0 for one that the system chooses, for so many processes."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # each process is one, and a usual limit is 1024
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", 0), backlog=backlog)
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=processes)
+    return socket.create_server(("", port), backlog=processes)
 
 
 def _address() -> str:

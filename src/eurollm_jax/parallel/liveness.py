@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -34,8 +35,11 @@ log = logging.getLogger(__name__)
 SILENCE_SECONDS = 120.0  # above what a compiler, a library, or a file system that fails over may hold the interpreter
 CULPRIT_SECONDS = 5.0  # that a process waits for another's name, whose own error may follow from that one's end
 HOOK_SECONDS = 4.0  # that the stacks, and the note of the end, may take: the run's file system may be what hangs
+WRITE_SECONDS = 0.1  # that a line may take which another thread writes
 FORCE_SECONDS = 10.0  # after which a process ends, said or not: sooner than JAX aborts it, which process 0's end begins
 
+# The beginning of what XLA says, which jit raises as a ValueError, too.
+_OF_XLA = re.compile("(UNKNOWN|INTERNAL|ABORTED|CANCELLED|UNAVAILABLE|DEADLINE_EXCEEDED): ")
 _calls = itertools.count()
 
 
@@ -179,7 +183,7 @@ def _may_follow_from_another(error: BaseException) -> bool:
     """Whether it may be what this process saw of another one's end: a collective or a barrier that failed."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, jax.errors.JaxRuntimeError):
+        if isinstance(cause, jax.errors.JaxRuntimeError) or _OF_XLA.match(str(cause)):
             return "RESOURCE_EXHAUSTED" not in str(cause)
         cause = cause.__cause__ or cause.__context__
     return False
@@ -188,20 +192,23 @@ def _may_follow_from_another(error: BaseException) -> bool:
 def end_process(line: str, status: int) -> NoReturn:
     """Says why, and ends this process now: what the interpreter does at its end would wait for the other processes."""
     _end_by_force(status, FORCE_SECONDS)
-    with suppress(OSError):
-        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
-    handlers = (*logging.getLogger().handlers, *logging.getLogger("eurollm_jax").handlers)
-    for handler in (*handlers, logging.lastResort):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
-            handler.setLevel(logging.CRITICAL + 1)  # has it already, past whatever else the log writes to
-    log.critical("%s", line)
-    for handler in handlers:
+    _last_word(line)
+    log.critical("%s", line)  # to files alone
+    for flushed in (*logging.getLogger().handlers, *logging.getLogger("eurollm_jax").handlers, sys.stdout):
         with suppress(Exception):
-            handler.flush()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
+            flushed.flush()
     os._exit(status)
+
+
+def _last_word(line: str) -> None:
+    """On standard error, where nothing follows: JAX's threads log what they see of an end for as long as they run."""
+    stderr = 2
+    with suppress(OSError):  # no more files
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        time.sleep(WRITE_SECONDS)
+    with suppress(OSError):
+        os.write(stderr, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def _end_by_force(status: int, seconds: float) -> None:

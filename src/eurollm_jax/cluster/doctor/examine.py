@@ -18,10 +18,13 @@ from typing import IO, Any
 from eurollm_jax.cluster.doctor import compare, host, scratch, versions
 from eurollm_jax.cluster.doctor.checks import OF_ALL, OF_PROBE
 from eurollm_jax.cluster.doctor.finding import Finding, Report, failed, guarded, unchecked
-from eurollm_jax.cluster.doctor.rendezvous import Verdict, address_of, receive, report_to
 from eurollm_jax.cluster.doctor.shared import hold
 from eurollm_jax.cluster.site import Site
 from eurollm_jax.parallel.hardware import Backend
+from eurollm_jax.parallel.launcher import address_of, local_number, node_of, several_nodes, started_as
+from eurollm_jax.parallel.rendezvous import Arrival, Fault, come, receive
+
+type Verdict = dict[str, Any]
 
 FIRST_BYTES, OTHER_BYTES = 64 << 20, 1 << 20  # written as a trial, by the first process of a host and by others
 PATIENCE = 120.0  # seconds beyond two stages' that the probe may be silent: an import from a busy file system;
@@ -45,7 +48,7 @@ class Question:
         """(process, processes)"""
         if self.by_hand is not None:
             return self.by_hand[2], self.by_hand[1]
-        return host.started_as(os.environ)
+        return started_as(os.environ)
 
 
 @dataclass
@@ -71,13 +74,13 @@ def examine(question: Question) -> Examination:
         "accelerators": accelerators,
         "report": before.to_json(),
     }
-    address = address_of(question.by_hand[0] if question.by_hand else None, os.environ)
+    address = question.by_hand[0] if question.by_hand else address_of(os.environ)
     with ExitStack() as held:
         return probed(before, asked, question.seconds, lambda found: joined(found, address, folder, question, held))
 
 
 def joined(
-    found: Examination, address: tuple[str, int] | None, folder: Path | None, question: Question, held: ExitStack
+    found: Examination, address: str | None, folder: Path | None, question: Question, held: ExitStack
 ) -> Verdict | None:
     """What process 0 says when all have come, or as many as do; None where nothing can come of it."""
     process, processes = question.place
@@ -87,28 +90,39 @@ def joined(
         remedy = "start it under Slurm or Open MPI 4, or with --coordinator, --processes and --process"
         found.own = found.own.with_(failed("connection", "where process 0 is cannot be told", remedy))
         return None
-    if process:
-        verdict = report_to(address, found.own, question.seconds)
-        if verdict is None:
-            seen = f"process 0 does not answer at {address[0]}:{address[1]} within {question.seconds:g} s"
-            remedy = "see what process 0 prints, and whether the network lets others through to it"
-            found.own = found.own.with_(failed("connection", seen, remedy))
-        return verdict
+    own = Arrival(process, processes, found.own.host, found.own.to_json())
 
-    def judge(reports: Sequence[Report | None]) -> Verdict:
+    def judge(arrivals: Sequence[Arrival | None], fault: Fault | None) -> Verdict:
+        reports = [found.own, *map(_report_of, arrivals[1:])]
         there = [report for report in reports if report is not None]
         found.others = there[1:]
         found.joint += [*compare.all_there(reports, "itself", question.seconds), *compare.alike(there)]
+        if fault is not None:
+            found.joint.append(failed("processes there", fault.what, fault.remedy))
         name = None
         with suppress(OSError):  # which the checks of the folder tell
             name = None if folder is None else held.enter_context(hold(folder)).name
-        return {"stop": compare.obstacle(reports), "hosts": [report.host for report in there], "folder": name}
+        stop = fault.what if fault is not None else compare.obstacle(reports)
+        return {"stop": stop, "hosts": [report.host for report in there], "folder": name}
 
     try:
-        return receive(address[1], found.own, processes, question.seconds, judge)[1]
+        if process:
+            return dict(come(address, own, question.seconds))
+        return dict(receive(address, own, question.seconds, judge))
+    except ConnectionError as error:
+        remedy = "see what process 0 prints, and whether the network lets others through to it"
+        found.own = found.own.with_(failed("connection", str(error), remedy))
     except OSError as error:
-        seen = f"port {address[1]} cannot be listened at ({(error.strerror or str(error)).lower()})"
+        seen = f"{address} cannot be listened at ({os.strerror(error.errno or 0).lower()})"
         found.own = found.own.with_(failed("connection", seen, "give another port, or end what listens there"))
+    return None
+
+
+def _report_of(arrival: Arrival | None) -> Report | None:
+    """What a process has found; None of one that has not come, or that is no doctor."""
+    try:
+        return None if arrival is None else Report.from_json(arrival.said)
+    except (ValueError, TypeError, KeyError):
         return None
 
 
@@ -121,17 +135,17 @@ def before_jax(question: Question) -> tuple[Report, Path | None, list[Backend]]:
     expected = site.chip.backend if site is not None else next(iter(accelerators), None)
     findings: list[Finding] = list(versions.version_findings(expected))
     findings += guarded("driver", lambda: host.driver(expected, versions.cuda_release()))
-    if nvidia and host.local_number(os.environ) == 0 and processes == 1:
+    if nvidia and local_number(os.environ) == 0 and processes == 1:
         findings += guarded("devices free", host.devices_in_use)
     if site is not None:
         findings.append(host.site_variables(site, os.environ))
     findings += guarded("network interfaces", lambda: host.interfaces(os.environ, host.interface_names()))
-    findings += guarded("limits", lambda: host.limits(host.several_nodes(os.environ)))
+    findings += guarded("limits", lambda: host.limits(several_nodes(os.environ)))
     folder = scratch.scratch_folder(question.scratch, site, os.environ)
     if isinstance(folder, Finding):
         findings.append(folder)
     else:
-        size = FIRST_BYTES if host.local_number(os.environ) == 0 else OTHER_BYTES
+        size = FIRST_BYTES if local_number(os.environ) == 0 else OTHER_BYTES
         findings += scratch.scratch_findings(folder, size)
     facts = {
         **versions.version_facts(),
@@ -139,7 +153,7 @@ def before_jax(question: Question) -> tuple[Report, Path | None, list[Backend]]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", ""),
     }
-    report = Report(process, host.host_name(), tuple(findings), facts, {"processes": [processes]})
+    report = Report(process, node_of(os.environ), tuple(findings), facts, {"processes": [processes]})
     return report, None if isinstance(folder, Finding) else folder, accelerators
 
 

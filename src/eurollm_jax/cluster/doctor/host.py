@@ -1,7 +1,6 @@
 """What a node gives a process: drivers, variables, limits, network interfaces. Nothing here needs jax."""
 
 import ctypes
-import os
 import re
 import resource
 import shutil
@@ -173,45 +172,8 @@ def limits(between_nodes: bool) -> list[Finding]:
     return [opened, passed("pinned memory", f"{seen}; it matters between nodes")]
 
 
-def local_number(environment: Mapping[str, str]) -> int:
-    """Which process of its host this one is, as its launcher says; 0 where none does."""
-    return _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", default=0)
-
-
-def several_nodes(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher has started processes on more hosts than this one."""
-    if "OMPI_COMM_WORLD_SIZE" in environment:
-        here = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1)
-        return _number(environment, "OMPI_COMM_WORLD_SIZE", default=1) > here
-    return _number(environment, "SLURM_STEP_NUM_NODES", default=1) > 1
-
-
-def started_as(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(process, processes) as Slurm or Open MPI have it; (0, 1) for a process that no launcher started.
-
-    `parallel.distributed.connect` knows the same, once jax is there.
-    """
-    processes = _number(environment, "OMPI_COMM_WORLD_SIZE", default=1)
-    if processes > 1:
-        return _number(environment, "OMPI_COMM_WORLD_RANK", default=0), processes
-    if "SLURM_STEP_NODELIST" not in environment:
-        return 0, 1
-    processes = _number(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", default=1)
-    return (_number(environment, "SLURM_PROCID", default=0), processes) if processes > 1 else (0, 1)
-
-
-def _number(environment: Mapping[str, str], *names: str, default: int) -> int:
-    found = next((environment[name] for name in names if name in environment), "")
-    digits = re.match(r"\d+", found)
-    return int(digits[0]) if digits else default
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def host_name() -> str:
-    return socket.gethostname() or os.uname().nodename

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eurollm_jax.cluster.doctor.finding import Finding, failed, guarded, passed, unchecked, warned
-from eurollm_jax.cluster.site import Site
+from eurollm_jax.cluster.site import Site, for_bash
 
 GIB = 1 << 30
 LITTLE = 20 * GIB  # free; a checkpoint of a model of 1.7 billion parameters with its optimizer's state is as large
@@ -49,8 +49,7 @@ def expanded(text: str, environment: Mapping[str, str]) -> str:
 
     Raises OSError or subprocess.SubprocessError where that gives no text, or not in time.
     """
-    word = text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
-    script = f'set -eu; expanded="{word}"; test "$expanded"; printf %s "$expanded"'
+    script = f'set -eu; expanded={for_bash(text)}; test "$expanded"; printf %s "$expanded"'
     variables = {name: value for name, value in environment.items() if name != "BASH_ENV"}  # it may print
     shell = ["bash", "-c", script]
     return subprocess.run(

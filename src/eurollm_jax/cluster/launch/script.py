@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 
 from eurollm_jax import __version__
 from eurollm_jax.cluster.launch.job import Job, clock, container_of
-from eurollm_jax.cluster.site import Site
+from eurollm_jax.cluster.site import Site, for_bash
 from eurollm_jax.parallel.flags import FLAGS, FRACTION_VARIABLE, JAX_FRACTION, MEMORY_FRACTION, xla_flags
+from eurollm_jax.parallel.rendezvous import START_SECONDS
 
 LOST_REASON = "a process hung, or was killed: a few in a row may be chance"
 LOST_IN_A_ROW = 5  # starts that end by a lost process, after which the cause is not chance
-WAIT_SECONDS = 180  # that processes may end apart: parallel/liveness.py names one that is silent after 120
+WAIT_SECONDS = START_SECONDS + 120  # that processes may end apart: one may fail before it comes to the others, who wait
 
 STOPPED, TOLD, LOST = 75, 138, (76, 134, 137, 138, 139, 143)  # statuses: docs/runs.md; 138: killed by SIGUSR1
 PLATFORMS = "JAX_PLATFORMS"
@@ -104,7 +105,7 @@ def _shell(site: Site, job: Job) -> Iterator[str]:
     yield "# What an earlier start ended with is not what this one does."
     yield 'rm -f "$log.status"'
     if site.scratch is not None:
-        yield f"scratch_folder={_expanded(site.scratch)}"
+        yield f"scratch_folder={for_bash(site.scratch)}"
         yield 'mkdir -p "$scratch_folder"'
 
 
@@ -122,10 +123,10 @@ def _environment(site: Site, job: Job) -> Iterator[str]:
         yield f"# What {site.title} asks for (docs/sites.md)."
         for name, value in site.environment.items():
             if "$(" in value:  # of a command that fails `export` would not end with the status
-                yield f"{name}={_expanded(value)}"
+                yield f"{name}={for_bash(value)}"
                 yield f"export {name}"
             else:
-                yield f"export {name}={_expanded(value)}"
+                yield f"export {name}={for_bash(value)}"
         yield ""
     if site.internet != "everywhere":
         yield "# Compute nodes reach no hub: what asks for one fails at once, and does not wait."
@@ -162,11 +163,6 @@ def _environment(site: Site, job: Job) -> Iterator[str]:
         yield f"export {FRACTION_VARIABLE}={MEMORY_FRACTION}"
 
 
-def _expanded(text: str) -> str:
-    """Between double quotes: its variables are replaced, and what comes of them is one word."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
-
-
 def _container(site: Site, job: Job) -> Iterator[str]:
     if job.image is None:
         return
@@ -174,7 +170,7 @@ def _container(site: Site, job: Job) -> Iterator[str]:
     yield "# Paths that must be seen inside, under the same names."
     binds = [*container.binds, *(["$scratch_folder"] if site.scratch is not None else []), "$PWD"]
     mounts = shlex.quote("".join(f",{folder}" for folder in job.mounts)) if job.mounts else ""
-    yield f"binds={_expanded(','.join(dict.fromkeys(binds)))}{mounts}"
+    yield f"binds={for_bash(','.join(dict.fromkeys(binds)))}{mounts}"
     yield f'container=({shlex.join(container.command.split())} --bind "$binds" {shlex.quote(job.image)})'
 
 

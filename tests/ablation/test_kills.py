@@ -139,3 +139,18 @@ def test_a_group_less_changes_no_byte_of_what_is_read_of_the_others(study):
         assert both >= 8
         assert rows[:both] == prior[name][:both]
     assert sum(map(len, without.values())) == sum(map(len, prior.values())) == 96
+
+
+def test_a_pair_of_the_confirmation_reads_one_order_and_another_pair_another(study):
+    confirmation = Confirmation(replace(study.proxy, name="larger"), seeds=2)
+    prepared = prepare(replace(study, design=Design(draws=6), confirmation=confirmation))
+    other = np.array([0.5, 0.3, 0.2])
+    prior, proposal = (
+        [rows_by_source(run) for run in prepared.confirming(name, shares.tolist())]
+        for name, shares in (("prior", prepared.space.prior), ("proposal", other))
+    )
+    for name, rows in prior[0].items():
+        both = min(len(rows), len(proposal[0][name]))
+        assert rows[:both] == proposal[0][name][:both]
+        assert both < 4 or rows[:both] != proposal[1][name][:both]
+    assert max(min(len(rows), len(proposal[1][name])) for name, rows in prior[0].items()) >= 4

@@ -195,6 +195,15 @@ def test_refusals_before_anything_is_trained(whole):
         prepare(replace(whole, proxy=replace(whole.proxy, accumulate=2)))
 
 
+def test_runs_of_a_confirmation_bear_their_seeds(whole):
+    larger = whole.confirmation.experiment
+    larger = replace(larger, seed=5, data=replace(larger.data, seed=2))
+    prepared = prepare(replace(whole, confirmation=replace(whole.confirmation, experiment=larger)))
+    runs = prepared.confirming("temperature 0.3", prepared.space.prior.tolist())
+    seeds = [(run.name, run.seed, run.data.seed) for run in runs]
+    assert seeds == [("temperature-0.3-seed-5", 5, 2), ("temperature-0.3-seed-6", 6, 3)]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -309,6 +318,7 @@ def test_seeds_are_compared_in_pairs_that_are_whole():
     found = verdict(arms, (0.05, 0.01, 0.09), 0.9)
     assert found["gain"]["of_seeds"] == [1.0, 0.5]
     assert found["arms"]["UniMax"]["gain"] == -0.5
+    assert [found["arms"][arm]["seeds"] for arm in ("prior", "proposal", "UniMax")] == [[0, 1], [0, 1, 2], [0]]
     one = verdict(arms_of([[2.0, 2.0]], [[1.0, 1.0]]), (0.05, 0.01, 0.09), 0.9)
     assert (one["held"], one["gain"]["low"], one["gain"]["high"]) == ("undecided", None, None)
     assert "of one seed, which has no interval" in one["sentence"]

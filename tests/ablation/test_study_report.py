@@ -225,14 +225,16 @@ def test_one_pair_has_no_interval(folder):
 
 def test_runs_of_a_confirmation_stand_under_their_seeds_where_one_diverged(folder):
     arms = write_study(folder)["confirmation"]["arms"]
+    arms["UniMax"]["seeds"].pop(1)
     arms["UniMax"]["objective"].pop(1)
-    change(folder / "confirmation.json", arms=arms, diverged={"UniMax-seed-1": "the loss was not finite"})
+    change(folder / "confirmation.json", arms=arms, diverged={"UniMax-seed-5": "the loss was not finite"})
     page = report(folder)
+    assert "mixturemeanseed 4seed 5seed 6" in page.text
     _, mean, *seeds = page.row("data-arm", "UniMax")
     first, last = arms["UniMax"]["objective"]
     assert float(mean[0]) == (first + last) / 2
     assert [words for _, words in seeds] == [f"{first:.4f}", "–", f"{last:.4f}"]
-    assert "Diverged, so that their pair is not in the gain: UniMax-seed-1 (the loss was not finite)." in page.text
+    assert "Diverged, so that their pair is not in the gain: UniMax-seed-5 (the loss was not finite)." in page.text
 
 
 def test_the_scatter_holds_every_run_that_was_left_out_and_scores_are_said(folder):

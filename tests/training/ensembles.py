@@ -15,7 +15,7 @@ OWN = [
     {"data.mixture": BASE},
     {"data.mixture": BASE.without("el"), "seed": 5},
     {"data.mixture": Mixture.proportional(), "schedule": WSD(peak=4e-3, warmup=2)},
-    {"data.mixture": BASE.scale(mt=4.0), "seed": 7},
+    {"data.mixture": BASE.scale(mt=4.0), "data.seed": 9, "seed": 7},
 ]
 WILD = WSD(peak=1e38, warmup=2)  # weights overflow in the second step
 HIGH = WSD(peak=30.0, warmup=2)  # losses become huge, and stay finite
@@ -44,5 +44,6 @@ def shared_by(tiny, tokenizer, store, heldout, runs):
 
 def member(shared, number, **changes):
     own = {**OWN[number], "name": f"member-{number}", **changes}
-    data = dataclasses.replace(shared.data, mixture=own.pop("data.mixture"))
+    mixture, order = own.pop("data.mixture"), own.pop("data.seed", shared.data.seed)
+    data = dataclasses.replace(shared.data, mixture=mixture, seed=order)
     return dataclasses.replace(shared, data=data, **own)

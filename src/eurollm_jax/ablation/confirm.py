@@ -1,7 +1,8 @@
 """Confirmation: did the proposal beat the prior where it was trained again, larger and with several seeds?
 
-The pair of each seed begins with the same weights, so their difference is the mixture's, and what differs among the
-pairs is noise. Its interval is Student's.
+The pair of each seed begins with the same weights and reads every source in the same order, so their difference is the
+mixture's; another seed has other weights and another order, so what differs among the pairs is all that chance does to
+a run (Bouthillier et al. 2021, arXiv:2103.03098). The interval is Student's.
 """
 
 import math
@@ -68,6 +69,7 @@ def verdict(arms: Arms, predicted: tuple[float, float, float], confidence: float
         "predicted_gain": {"mean": predicted[0], "low": predicted[1], "high": predicted[2]},
         "arms": {
             arm: {
+                "seeds": list(losses),
                 "objective": list(arms.objective(arm).values()),
                 "bits_per_byte": dict(zip(arms.languages, np.stack(list(losses.values())).T.tolist(), strict=True)),
                 **({} if arm == "prior" or not arms.gains(arm) else {"gain": float(np.mean(arms.gains(arm)))}),

@@ -12,7 +12,9 @@ The penalties keep what the data leave open from running off, and are far below 
 log-linear  c = m sigmoid(u), m the least loss observed, and u has the prior N(0, 1.5^2): where the runs show no
             curvature, c is about half of m. What one standard deviation of a group's share does to log(L - c) has the
             prior N(0, 1).
-power       g has the prior N(0, 1), log o has N(log(0.1 p at the prior), 1).
+power       g has the prior N(0, 1), log o has N(log(0.1 p at the prior), 2^2): in a study of the starter corpus (44
+            languages, 35 runs) a nearly flat prior left log(o / 0.1 p) with a median of -0.2 and a standard deviation
+            of 2.1. A narrower one pulls o down where a language learns as much from others as from its own few tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +66,7 @@ def _power(params: Array, own: Array, context: Array) -> Array:
 
 
 def _power_penalty(params: Array, context: Array) -> Array:
-    return jnp.stack([params[1], params[2] - context[0]])
+    return jnp.stack([params[1], (params[2] - context[0]) / 2])
 
 
 FORMS = {"log-linear": Form(_log_linear, _log_linear_penalty), "power": Form(_power, _power_penalty)}

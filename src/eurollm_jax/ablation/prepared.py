@@ -64,13 +64,17 @@ class PreparedStudy:
         return [(arm, self._member(proxy, arm.name, arm.shares, proxy.seed + arm.seed)) for arm in self.arms]
 
     def confirming(self, name: str, shares: Sequence[float]) -> list[Experiment]:
-        """The larger runs of one mixture, a seed each."""
+        """The larger runs of one mixture, each with a seed of its initial weights and one of the order of its data."""
         confirmation = self.study.confirmation
         assert confirmation is not None
         larger = confirmation.experiment
-        seeds = range(confirmation.seeds)
         plain = name.replace(" ", "-")
-        return [self._member(larger, f"{plain}-seed-{seed}", shares, larger.seed + seed) for seed in seeds]
+        found = []
+        for number in range(confirmation.seeds):
+            ordered = replace(larger, data=replace(larger.data, seed=larger.data.seed + number))
+            seed = larger.seed + number
+            found.append(self._member(ordered, f"{plain}-seed-{seed}", shares, seed))
+        return found
 
     def _member(self, experiment: Experiment, name: str, shares: Sequence[float], seed: int) -> Experiment:
         return _with(experiment, self.space, name, shares, seed)

@@ -295,8 +295,7 @@ def _confirm(prepared: PreparedStudy, runs: Trained, finding: Finding) -> str:
     )
     final = runs.final("confirmation")
     losses = {
-        arm: {seed: final[one.name] for seed, one in enumerate(of_arm) if one.name in final}
-        for arm, of_arm in members.items()
+        arm: {one.seed: final[one.name] for one in of_arm if one.name in final} for arm, of_arm in members.items()
     }
     path = runs.folder / "confirmation.json"
     if not losses["prior"].keys() & losses["proposal"].keys():

@@ -72,8 +72,8 @@ class Analysis:
 class Confirmation:
     """Prior and proposal, trained again at another size."""
 
-    experiment: Experiment  # its mixture and seed are replaced
-    seeds: int = 3
+    experiment: Experiment  # its mixture is replaced; its seeds, of weights and of data, are the first pair's
+    seeds: int = 3  # pairs
     baselines: tuple[str, ...] = ()  # trained beside them, such as "UniMax"
     when_declined: bool = False  # also where the study does not recommend its proposal
 

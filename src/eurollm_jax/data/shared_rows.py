@@ -1,7 +1,7 @@
 """Batches of several runs that read one store at once: a row that more than one of them needs is laid out once.
 
-The order within a source knows nothing of the mixture, so runs whose mixtures differ read the same rows of each source
-in the same order, some earlier and some later. What was laid out for the first is kept for the others.
+The order within a source knows nothing of the mixture, so runs of one seed whose mixtures differ read the same rows of
+each source in the same order, some earlier and some later. What was laid out for the first is kept for the others.
 """
 
 from collections import deque

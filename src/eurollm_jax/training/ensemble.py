@@ -93,8 +93,8 @@ def train_ensemble(
     """Trains all members to their last step in one program, going on from where the folder stands; returns all that
     was measured of them. One that is finished is not trained, nor compiled, again.
 
-    Members agree in all but name, seed, schedule and data.mixture; how often is logged, measured and saved, the first
-    one says. They lie on as many devices as their number divides by. `question` is kept in the folder. Raises
+    Members agree in all but name, seed, schedule, data.mixture and data.seed; how often is logged, measured and saved,
+    the first one says. They lie on as many devices as their number divides by. `question` is kept in the folder. Raises
     StoppedError before `time_limit` seconds from `began`, of time.perf_counter(), are over, and where a signal asks
     for it, with all saved; and UserError for what the user can mend.
     """

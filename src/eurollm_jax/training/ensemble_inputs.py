@@ -22,7 +22,8 @@ from eurollm_jax.training.ensemble_measurements import is_finished, read_measure
 from eurollm_jax.training.inputs import Inputs, open_inputs
 
 RECORD = "ensemble.json"
-OWN = ("name", "seed", "schedule")  # fields that members may differ in, beside the mixture of their data
+OWN = ("name", "seed", "schedule")  # fields that members may differ in
+OWN_OF_DATA = ("mixture", "seed")  # and of `data`
 MEASURING = ("evaluate_every", "evaluate_rows")  # the same from an ensemble's begin to its end
 PARTS = {"members": list, "measuring": dict, "experiments": dict}  # of an ensemble's identity
 SPLIT = ("fsdp", "expert", "context", "tensor")  # axes of a mesh that parts of one model lie along
@@ -48,7 +49,7 @@ class EnsembleInputs:
 
 
 def require_alike(members: Sequence[Experiment]) -> None:
-    """UserError where members differ in more than name, seed, schedule and mixture, or are what no ensemble trains."""
+    """UserError where members differ in more than OWN and OWN_OF_DATA, or are what no ensemble trains."""
     if not members:
         raise UserError("an ensemble without members: give one experiment or more.")
     first = members[0]
@@ -59,7 +60,8 @@ def require_alike(members: Sequence[Experiment]) -> None:
         if differing := differences(_shared(first), _shared(member)):
             raise UserError(
                 f"members {first.name!r} and {member.name!r} differ in {differing[0].partition(' was ')[0]}: the "
-                "members of an ensemble share all but name, seed, schedule and data.mixture, so train them apart."
+                "members of an ensemble share all but name, seed, schedule, data.mixture and data.seed, so train them "
+                "apart."
             )
     for field in ("start_from", "branch_from"):
         if (value := getattr(first, field)) is not None:
@@ -77,7 +79,8 @@ def require_alike(members: Sequence[Experiment]) -> None:
 def _shared(member: Experiment) -> dict[str, Any]:
     """The fields that are the same for all members."""
     fields: dict[str, Any] = {name: value for name, value in encode(member).items() if name not in OWN}
-    del fields["data"]["mixture"]
+    for name in OWN_OF_DATA:
+        del fields["data"][name]
     return fields
 
 

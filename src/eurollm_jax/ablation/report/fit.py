@@ -153,16 +153,19 @@ def _css(gain: Interval) -> str:
 
 
 def _arms(found: ConfirmationRecord) -> str:
-    seeds = sorted({seed for name in found.arms for seed in found.seeds(name)})
+    seeds = sorted({seed for arm in found.arms.values() for seed in arm.seeds})
     head = table_head([("mixture", "words", "up"), ("mean", "", "up"), *((f"seed {seed}", "", "up") for seed in seeds)])
     rows = ""
     for name, arm in found.arms.items():
         mean = math.fsum(arm.objective) / len(arm.objective) if arm.objective else math.nan
-        of_seed = dict(zip(found.seeds(name), arm.objective, strict=False))
+        of_seed = dict(zip(arm.seeds, arm.objective, strict=False))
         cells = "".join(number_cell(of_seed.get(seed), figure(of_seed.get(seed))) for seed in seeds)
         first = number_cell(mean, f"<strong>{figure(mean)}</strong>")
         rows += f'<tr data-arm="{escape(name)}">{name_cell(name)}{first}{cells}</tr>'
-    note = "Bits per byte, weighted over the languages. Runs of one seed begin with the same weights, and are a pair."
+    note = (
+        "Bits per byte, weighted over the languages. Runs of one seed begin with the same weights and read their data "
+        "in the same order: they are a pair."
+    )
     if found.diverged:
         named = "; ".join(f"{name} ({why})" for name, why in found.diverged.items())
         note += f" Diverged, so that their pair is not in the gain: {escape(named)}."

@@ -176,7 +176,7 @@ class MeanInterval:
 
 @dataclass(frozen=True, slots=True)
 class PairedGain:
-    """Over pairs of runs that begin with the same weights."""
+    """Over pairs of runs that begin with the same weights and read each source in the same order."""
 
     mean: float
     low: float | None
@@ -190,8 +190,9 @@ class PairedGain:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The runs of one mixture in the confirmation that did not diverge, by seed."""
+    """The runs of one mixture in the confirmation that did not diverge. The lists are in the order of `seeds`."""
 
+    seeds: list[int]
     objective: list[float]  # weighted bits per byte
     bits_per_byte: dict[str, list[float]]  # by held-out language
 
@@ -216,12 +217,6 @@ class ConfirmationRecord:
     def pairs(self) -> int:
         """Seeds of which the prior's run and the proposal's are both sound."""
         return len(self.gain.of_seeds)
-
-    def seeds(self, arm: str) -> list[int]:
-        """Of the runs of a mixture that did not diverge: those of `Observed`."""
-        begins = f"{arm.replace(' ', '-')}-seed-"
-        lost = {run.removeprefix(begins) for run in self.diverged if run.startswith(begins)}
-        return [seed for seed in range(len(self.arms[arm].objective) + len(lost)) if str(seed) not in lost]
 
 
 @dataclass(frozen=True, slots=True)

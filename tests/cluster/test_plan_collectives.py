@@ -30,6 +30,11 @@ CASES = {
         attention_kernel="auto",
     ),
     "tensor": dataclasses.replace(BASE, mesh=MeshConfig(data=1, tensor=4)),
+    "all": with_model(
+        dataclasses.replace(BASE, mesh=MeshConfig(data=1, fsdp=2, context=2, tensor=2)),
+        compute="bfloat16",
+        remat="full",
+    ),
 }
 SITE = Site("eight", "Eight", Chip("E", (), "cuda", 1e12, 1 << 30, 1e12, 100.0, ""), 8, 8, None, "none")
 SUMS = 3 * SOURCES * 4 + 64  # bytes of the sums by source, and of scalars
@@ -87,16 +92,30 @@ def test_the_head_is_gathered_once_for_all_micro_batches(sent):
 
 
 def test_tensor_gathers_and_deals_out_the_residual_stream(sent):
-    """Forward and backward, each half of a layer gathers the stream, (n-1)/n of it; forward it deals its sum out again,
-    and backward each of the five products that read the stream adds its gradient up, both ways. Embedding and loss do
-    each once. What remains are gradients of gains, and a token's maximum and sums in the loss."""
+    """Forward and backward, each half of a layer gathers the stream, (n-1)/n of it, and deals a sum out again, as
+    embedding and loss do once. What remains are gradients of gains, and a token's maximum and sums in the loss."""
     found, share = sent["tensor"], 3 / 4
     stream = 4 * ROWS * T * C.width
     assert {one.axes for one in found} == {("tensor",)}
     assert of(found, "all-gather") == share * stream * (4 * L + 2)
-    assert of(found, "reduce-scatter") == share * stream * (2 * L + 2)
-    rest = of(found, "all-reduce") - 2 * share * stream * 5 * L
-    assert rest == pytest.approx(2 * share * 4 * (3 * ROWS * T + (2 * L + 1) * C.width), abs=200)
+    assert of(found, "reduce-scatter") == share * stream * (4 * L + 2)
+    rest = 2 * share * 4 * (3 * ROWS * T + (2 * L + 1) * C.width)
+    assert of(found, "all-reduce") == pytest.approx(rest, abs=200)
+
+
+def test_what_tensor_adds_leaves_the_other_axes_what_they_send(sent):
+    """Weights are gathered over `fsdp` twice in the type of the products, though the gradient of the stream reads them
+    apart from the products; and over `context` there are keys, values and gradients, and no part of the stream."""
+    found, share = sent["all"], 1 / 2
+    weights = flatten(specs(C))
+    layers = sum(spec.size for path, spec in weights.items() if path.startswith("layers/") and spec.fan_in) / 2
+    head, gains = weights["head"].size / 2, 3 * (2 * L + 1) * C.width
+    over_fsdp = [one for one in found if one.axes == ("fsdp",)]
+    assert of(over_fsdp, "all-gather", "bf16") == pytest.approx(share * 2 * (2 * layers + head), abs=share * 2 * gains)
+    keys = 2 * (ROWS // 2) * (T // 2) * (C.kv_heads // 2) * C.head_dim
+    over_context = [one for one in found if one.axes == ("context",)]
+    assert of(over_context, "all-gather", "bf16") == share * 2 * 2 * keys * 2 * L
+    assert {one.kind for one in found if len(one.axes) > 1} <= {"all-reduce"}
 
 
 @pytest.mark.parametrize("name", CASES)

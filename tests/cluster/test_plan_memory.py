@@ -8,15 +8,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eurollm_jax.cluster.plan.child import Request, compile_elsewhere, program_of, update_temporaries
-from eurollm_jax.cluster.plan.memory import kept_by_layers, one_device, state_bytes, temporaries
+from eurollm_jax.cluster.plan.memory import (
+    _experts_at_work,
+    kept_by_layers,
+    modelled_update,
+    one_device,
+    state_bytes,
+    temporaries,
+)
+from eurollm_jax.cluster.plan.search import modelled_peak
+from eurollm_jax.cluster.site import Site
+from eurollm_jax.model.config import Gated, MoE
+from eurollm_jax.model.moe import mixture_of_experts, moe_specs
 from eurollm_jax.model.param import count, flatten
 from eurollm_jax.model.transformer import specs
-from eurollm_jax.parallel.mesh import Layout, MeshConfig
-from eurollm_jax.training.optimizer import AdamW, Lion, Muon
+from eurollm_jax.parallel.hardware import Chip
+from eurollm_jax.parallel.mesh import MESH_AXES, Layout, MeshConfig
+from eurollm_jax.training.optimizer import Adafactor, AdamW, Lion, Muon
 from eurollm_jax.training.step import build_program
 from tests.cluster.plans import MIXED, experiment, with_model
 
@@ -147,8 +161,6 @@ print(json.dumps({"growth": read("VmHWM:") - before, "predicted": 8 * (plan.peak
 def test_the_predicted_peak_is_what_a_process_grows_by(mesh, remat, tmp_path):
     import pickle
 
-    from eurollm_jax.model.config import Gated
-
     one = experiment(length=512, rows=16, mesh=mesh)
     one = with_model(one, vocab_size=8000, width=768, heads=12, kv_heads=4, head_dim=64, depth=6, remat=remat)
     one = with_model(one, mlp=Gated(2048), attention_kernel="blockwise")
@@ -206,3 +218,98 @@ def test_temporaries_follow_the_batch_and_the_policy():
     assert total(with_model(base, remat="full")) < total(with_model(base, remat="attention")) < total(base)
     half = temporaries(base, mesh, 32, "cuda").activations
     assert half < total(base) < 2.01 * half
+
+
+# ----------------------------------------------------------------------------------- experts, and an update's model
+
+OF_LAYER = {  # mesh, experts, rows of 512 tokens
+    "tokens of four devices": (MeshConfig(data=1, fsdp=2, expert=4), MoE(8, 2, 64), 64),
+    "split three ways": (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MoE(8, 2, 512), 16),
+}
+
+
+@pytest.mark.parametrize("name", OF_LAYER)
+def test_what_experts_take_is_what_their_gradient_is_compiled_with(name):
+    """Their loop, beside the gathered matrices and the float32 sums of the gradients. Of the router there is more."""
+    config, moe, rows = OF_LAYER[name]
+    layout, length, weights = Layout(config.build()), 512, moe_specs(256, moe, 1.0)
+    mesh = dict(layout.mesh.shape)
+
+    def summed(x, w):
+        return jnp.sum(mixture_of_experts(x, w, jnp.ones(x.shape[:2], bool), moe, layout)[0])
+
+    at = layout.activation(("batch", "sequence")), layout.parameters(weights)
+    x = jax.ShapeDtypeStruct((rows, length, 256), jnp.float32)
+    w = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), weights)
+    run = jax.jit(jax.grad(summed, argnums=(0, 1)), in_shardings=at, out_shardings=at)
+    compiled = run.lower(x, w).compile().memory_analysis().temp_size_in_bytes
+    matrices = 3 * moe.experts * 256 * moe.hidden // mesh["expert"] // mesh["tensor"]
+    model = with_model(experiment(), width=256, mlp=moe).model
+    working = _experts_at_work(model, mesh, rows * length / layout.ways("batch"), 4)
+    assert working + 2 * 4 * matrices == pytest.approx(compiled, rel=0.1)
+
+
+OF_STEP = {
+    "many experts": (MeshConfig(data=1, expert=2, fsdp=4), MoE(32, 4, 512), 16),
+    "many tokens": (MeshConfig(data=1, expert=8), MoE(8, 2, 128), 64),
+    "no experts": (MeshConfig(data=1, fsdp=8), Gated(1024), 16),
+}
+
+
+@pytest.mark.slow
+def test_the_model_is_near_the_compiled_steps_of_mixtures():
+    """Where nothing is rematerialised: for that there is a factor, which was measured on a GPU."""
+    shape = dict(vocab_size=2000, width=256, head_dim=32, remat="none", attention_kernel="blockwise")
+    ones = [
+        with_model(experiment(mesh=mesh, length=512, rows=rows), mlp=mlp, **shape)
+        for mesh, mlp, rows in OF_STEP.values()
+    ]
+    planned = compile_elsewhere(Request(tuple((one, one.batch_size) for one in ones), "cpu", 8, 8))
+    for name, one, plan in zip(OF_STEP, ones, planned, strict=True):
+        found = temporaries(one, plan.mesh, one.batch_size, "cpu", plan.update).total
+        assert found == pytest.approx(plan.temporaries, rel=0.05), name
+
+
+def test_devices_that_share_experts_keep_the_tokens_of_all():
+    """In the types of a GPU: those of four devices, with their choices, and of the experts' copies a quarter."""
+    one = with_model(experiment(MIXED, rows=64), compute="bfloat16", attention_kernel="blockwise")
+    alone, shared = (temporaries(one, {**_MESH, "data": 8 // ways, "expert": ways}, 64, "cuda") for ways in (1, 4))
+    c, tokens = one.model, 64 * 64 // 8
+    of_others = 3 * tokens * (2 * c.width + (4 + 4) * c.mlp.top_k)
+    copies = 2 * 3 * c.mlp.experts * c.width * c.mlp.hidden
+    assert shared.activations - alone.activations == c.depth * (of_others - copies * 3 / 4)
+
+
+UPDATES = {
+    "AdamW": (AdamW(), MeshConfig(data=1, fsdp=8), 0.02),
+    "Lion": (Lion(), MeshConfig(data=1, fsdp=8), 0.1),
+    "Muon": (Muon(), MeshConfig(data=1, fsdp=8), 0.25),
+    "Adafactor": (Adafactor(), MeshConfig(data=2, fsdp=4), 0.05),
+    "AdamW in bfloat16": (AdamW(state_dtype="bfloat16"), MeshConfig(data=1, expert=2, fsdp=4), 0.1),
+    "Muon with tensor": (Muon(), MeshConfig(data=1, fsdp=4, tensor=2), 0.25),
+}
+SLOW = ("Adafactor", "AdamW in bfloat16", "Muon with tensor")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in UPDATES])
+def test_the_modelled_update_is_near_the_compiled_one(name):
+    optimizer, config, within = UPDATES[name]
+    for mlp in (Gated(1024), MoE(8, 2, 256)):
+        one = experiment(optimizer=optimizer, mesh=config)
+        one = with_model(one, vocab_size=4096, width=256, head_dim=32, depth=8, mlp=mlp)
+        layout = Layout(config.build())
+        compiled = update_temporaries(one, program_of(one, layout))
+        assert modelled_update(one, dict(layout.mesh.shape)) == pytest.approx(compiled, rel=within)
+
+
+def test_a_candidate_that_is_not_compiled_has_its_update_modelled():
+    one = with_model(experiment(length=16, rows=8), remat="full", depth=8, mlp=Gated(1024), compute="bfloat16")
+    site = Site("eight", "Eight", Chip("E", (), "cuda", 1e12, 1 << 40, 1e12, 100.0, ""), 8, 8, None, "none")
+    mesh = {**dict.fromkeys(MESH_AXES, 1), "data": 8}
+    parameters = 4 * count(specs(one.model))
+    assert modelled_update(one, mesh) == parameters  # the clipped gradients
+    assert modelled_peak(one, mesh, 8, site) == modelled_peak(one, mesh, 8, site, update=parameters)
+    muon = dataclasses.replace(one, optimizer=Muon())
+    largest = 4 * 8 * 96 * 1024  # of all layers
+    assert modelled_update(muon, mesh) == parameters + 6 * largest
+    assert modelled_peak(muon, mesh, 8, site) > modelled_peak(muon, mesh, 8, site, update=parameters)

@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 
+from eurollm_jax.cluster.plan.collectives import Machine, collectives
+from eurollm_jax.cluster.plan.hlo import parse
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.config import BalanceBias, BalanceLoss, MoE, TransformerConfig
 from eurollm_jax.model.loss import batch_loss
 from eurollm_jax.model.moe import Routing, _blocks, auxiliary_loss, mixture_of_experts, moe_specs, rebalanced, route
-from eurollm_jax.model.param import flatten, init
+from eurollm_jax.model.param import flatten, init, stack
 from eurollm_jax.model.transformer import empty_cache, extend, specs
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.optimizer import AdamW, Muon
@@ -76,7 +78,7 @@ def by_loops(x, w, moe):
 
 def dense(x, w, real, moe, layout):
     """Every expert on every token, in plain JAX; those that were not chosen weigh nothing."""
-    _, chosen, weights = route(x @ w["router"], w.get("router_bias"), moe)
+    _, chosen, weights = route(x @ w["router"], w.get("router_bias"), moe, layout)
     of_expert = jnp.sum(jax.nn.one_hot(chosen, moe.experts) * weights[..., None], axis=-2)
     act = jax.nn.silu if moe.activation == "silu" else partial(jax.nn.gelu, approximate=False)
     e = w["experts"]
@@ -309,6 +311,65 @@ def test_devices_exchange_tokens_and_no_expert():
     for shape in moved["all-reduce"]:  # of a device's own two experts, where copies add their gradients up
         assert "[8,12,24]" not in shape
         assert "[8,24,12]" not in shape
+
+
+SPLITTING = [MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)]
+
+
+@pytest.mark.parametrize("mesh", SPLITTING, ids=["data", "tensor"])
+def test_experts_are_gathered_in_the_type_of_the_products_and_scores_stay(mesh):
+    """Layers as they are compiled for a GPU, forward and backward, whose float32 weights are cast as a model's are."""
+    moe, rows, length = MoE(8, 2, 24, balance=BalanceLoss(0.1)), 8, 16
+    layout, layers = Layout(mesh.build()), stack(moe_specs(WIDTH, moe, 1.0), layers=3)
+
+    def loss(x, stacked):
+        def layer(x, w):
+            w = w | {"experts": jax.tree.map(jnp.bfloat16, w["experts"])}
+            out, routing = mixture_of_experts(x, w, jnp.ones(x.shape[:2], bool), moe, layout)
+            return x + out, routing.balance
+
+        x, balance = jax.lax.scan(layer, x, stacked)
+        return jnp.sum(jnp.sin(jnp.float32(x))) + jnp.sum(balance)
+
+    at = layout.activation(("batch", "sequence")), layout.parameters(layers)
+    x = jax.ShapeDtypeStruct((rows, length, WIDTH), jnp.bfloat16)
+    weights = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), layers)
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=at, out_shardings=at).lower(x, weights)
+    text = lowered.compile(compiler_options={"xla_allow_excess_precision": False}).as_text()
+    found = collectives(parse(text), Machine(dict(layout.mesh.shape), 8), for_gpu=True)
+
+    def moved(kind, dtype, axis):
+        """Bytes of a device's operands."""
+        alike = [one for one in found if (one.kind, one.dtype, one.axes) == (kind, dtype, (axis,))]
+        return sum(one.times * one.operand for one in alike)
+
+    own = 2 * sum(spec.size for path, spec in flatten(layers).items() if "experts/" in path) * mesh.data // 8
+    assert moved("all-gather", "bf16", "fsdp") == 2 * own  # forward and backward
+    assert moved("reduce-scatter", "bf16", "fsdp") == mesh.fsdp * own  # once
+    tokens, router = rows * length // layout.ways("batch"), 4 * WIDTH * moe.experts
+    stream = 3 * 2 * tokens * WIDTH
+    assert moved("all-gather", "bf16", "expert") == 2 * stream  # tokens, and the gradient of what was added to them
+    assert moved("reduce-scatter", "bf16", "expert") == mesh.expert * 2 * stream
+    in_float32 = {one.operand for one in found if one.kind == "all-gather" and one.dtype == "f32"}
+    weighed = 4 * tokens * moe.top_k  # the weights of the experts' outputs, which `tensor` splits as it does the stream
+    assert in_float32 <= {router / 2, router / 4, weighed, weighed / mesh.tensor}
+    assert 4 * tokens * moe.experts not in {one.operand for one in found}  # scores
+
+
+def test_the_backward_pass_keeps_the_experts_as_they_are_split():
+    """Gathered, those of all layers would be there at once."""
+    moe, layout = MoE(4, 2, 256), Layout(MeshConfig(data=4, fsdp=2).build())
+    x, w = jnp.float32(tokens(8, 2)), single(weights_for(moe))
+    _, kept = jax.eval_shape(partial(jax.vjp, partial(summed, mixture_of_experts, moe, layout)), x, w)
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) == w["experts"]["up"].size
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=2, expert=2, context=2), None], ids=["mesh", "one"])
+def test_of_equal_scores_the_first_experts_are_chosen(mesh, one_device):
+    layout = one_device if mesh is None else Layout(mesh.build())
+    logits = np.random.default_rng(0).integers(0, 3, (8, 16, 8))
+    _, chosen, _ = jax.jit(partial(route, bias=None, moe=MoE(8, 3, 8), layout=layout))(jnp.float32(logits))
+    np.testing.assert_array_equal(chosen, np.argsort(-logits, axis=-1, kind="stable")[..., :3])
 
 
 @pytest.mark.parametrize("favoured", [0, 7])

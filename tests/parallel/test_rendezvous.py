@@ -1,7 +1,9 @@
 """The meeting before the connection, in threads of this process: what is told to whom, and how often it is asked."""
 
+import errno
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -83,6 +85,45 @@ def test_many_come_over_one_connection_each(address, monkeypatch):
         assert receive(address, Arrival(0, many, "host0"), 20, lambda arrivals, fault: None not in arrivals)
     assert told == [True] * (many - 1)
     assert len(opened) == many  # process 0 visits itself
+
+
+def test_process_0_may_stand_still_for_longer_than_a_try(address, monkeypatch):
+    """Those that are connected stay so: were they to come again, the first time would look like an end."""
+    hear, slept = rendezvous._Hall.hear, []
+
+    def late(hall, line):
+        if not slept:
+            slept.append(True)
+            time.sleep(1)
+        return hear(hall, line)
+
+    monkeypatch.setattr(rendezvous._Hall, "hear", late)
+    monkeypatch.setattr(rendezvous, "TRY_SECONDS", 0.2)
+    with coming(address, Arrival(1, 3, "host1"), Arrival(2, 3, "host2")) as told:
+        found = receive(address, Arrival(0, 3, "host0"), 20, lambda arrivals, fault: [fault, None in arrivals])
+    assert found == [None, False]
+    assert told == [found, found]
+
+
+def test_process_0_listens_where_it_is_bound_to(address):
+    """And is reached at the address that leads there: of another port, where there is a forwarder."""
+    bound = f"0.0.0.0:{address.rpartition(':')[2]}"
+    with coming(address, Arrival(1, 2, "host1")) as told:
+        verdict = receive(address, Arrival(0, 2, "host0"), 20, lambda _, fault: fault, bound=bound)
+    assert told == [verdict] == [None]
+    elsewhere = f"localhost:{free_port()}"
+    found = receive(elsewhere, Arrival(0, 2, "host0"), 0.5, lambda _, fault: fault.what, bound=address)
+    assert found == f"process 0 is on host0, and {elsewhere} does not lead to it"
+
+
+def test_too_few_files_are_no_absence(address, monkeypatch):
+    def full(self):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", full)
+    fault = receive(address, Arrival(0, 2, "host0"), 20, lambda _, fault: fault)
+    assert fault.what == "process 0 on host0 may open too few files for 2 processes"
+    assert not fault.lost
 
 
 def test_who_waits_for_process_0_asks_less_and_less_often(monkeypatch):

@@ -286,7 +286,8 @@ def _confirm(prepared: PreparedStudy, runs: Trained, finding: Finding) -> str:
     of_pair = [prepared.fingerprint_of("confirmation", members[name][0]) for name in ("prior", "proposal")]
     runs.train(
         "confirmation",
-        f"confirmation/{fingerprint({'pair': of_pair})[:8]}",  # what another proposal has begun stays beside it
+        # What another proposal has begun stays beside it, and what older pairs, all of one order of data, have.
+        f"confirmation/{fingerprint({'pair': of_pair, 'order': 'of each seed'})[:8]}",
         [
             (_told(prepared, "confirmation", name, shares, run), run)
             for name, shares in arms.items()

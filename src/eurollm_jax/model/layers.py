@@ -4,7 +4,8 @@ Shapes: B batch, T sequence, D embed, H heads, K head_dim, F mlp.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,26 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], norm: Norm) ->
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def linear(x: Float[Array, "..."], weight: Float[Array, "..."], contract: int = 1) -> Float[Array, "..."]:
+def linear(
+    x: Float[Array, "..."], weight: Float[Array, "..."], contract: int = 1, *, apart: bool = False
+) -> Float[Array, "..."]:
     """Product over the last `contract` axes of x and the first of the weight.
 
     It is computed as one product of two matrices: with the leading axes (batch, sequence) left apart, XLA on CPU takes
-    several times as long over the weight's gradient. Accelerators lower both forms to the same product.
+    several times as long over the weight's gradient. Accelerators lower both forms to the same product. But they must
+    stay `apart` where devices have parts of the sequence: merged with the batch it cannot stay split, and each device
+    would multiply all of it.
     """
     lead, inner = x.shape[: x.ndim - contract], math.prod(weight.shape[:contract])
-    flat = x.reshape(-1, inner) @ weight.reshape(inner, -1)
-    return flat.reshape(*lead, *weight.shape[contract:])
+    rows = lead if apart else (math.prod(lead),)
+    product = x.reshape(*rows, inner) @ weight.reshape(inner, -1)
+    return product.reshape(*lead, *weight.shape[contract:])
+
+
+def biased(x: Float[Array, "..."], w: Mapping[str, Any], name: str) -> Float[Array, "..."]:
+    """The product with the matrix `name` and its bias, where the weights have one."""
+    bias = w.get(f"{name}_bias")
+    return x if bias is None else x + bias
 
 
 def activate(x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:

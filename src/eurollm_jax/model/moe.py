@@ -8,21 +8,28 @@ tokens are gathered as its turn comes, and its results added to theirs, so that 
 Shapes: B batch, T sequence, D embed, E experts, k experts of a token, F hidden of an expert.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 from eurollm_jax.model.config import Activation, BalanceBias, BalanceLoss, MoE
 from eurollm_jax.model.layers import activate, linear
 from eurollm_jax.model.param import Param, Params, Specs
+from eurollm_jax.model.projections import GATHERED, RESIDUAL, addition, projections
 from eurollm_jax.parallel.mesh import Layout
 
 LARGEST_BLOCK = 512  # rows of a block: enough for a matrix unit to be busy
 SMALLEST_BLOCK = 8
+MATRICES = {  # of the experts, and their axes
+    "gate": ("experts", "embed", "mlp"),
+    "up": ("experts", "embed", "mlp"),
+    "down": ("experts", "mlp", "embed"),
+}
 
 
 class Routing(NamedTuple):
@@ -58,12 +65,14 @@ def moe_specs(width: int, moe: MoE, residual: float) -> Specs:
 def mixture_of_experts(
     x: Float[Array, "B T D"], w: Params, real: Bool[Array, "B T"], moe: MoE, layout: Layout
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """The sum of the chosen experts' outputs, and how the tokens that are `real` were spread."""
+    """The sum of the chosen experts' outputs, and how the tokens that are `real` were spread. `x` and the sum have the
+    axes `RESIDUAL`."""
     with jax.named_scope("router"):
         # In whole float32 whatever the rest is: a rounding that swaps two experts is no small error.
         with jax.default_matmul_precision("highest"):
-            router_logits = linear(x.astype(jnp.float32), w["router"])
-        probability, chosen_BTk, weights_BTk = route(router_logits, w.get("router_bias"), moe)
+            apart = layout.ways("residual_sequence") > 1
+            router_logits = linear(x.astype(jnp.float32), w["router"], apart=apart)
+        probability, chosen_BTk, weights_BTk = route(router_logits, w.get("router_bias"), moe, layout)
         routing = _routing(router_logits, probability, chosen_BTk, real, moe, layout)
 
     with jax.named_scope("experts"):
@@ -71,26 +80,39 @@ def mixture_of_experts(
 
     if moe.shared:
         with jax.named_scope("shared_expert"):
-            shared = w["shared"]
-            h = activate(linear(x, shared["gate"]), moe.activation) * linear(x, shared["up"])
-            out = out + linear(layout.constrain(h, "batch", "sequence", "mlp"), shared["down"])
+            gate, up = projections(x, w["shared"], ("gate", "up"), layout)
+            h = layout.constrain(activate(gate, moe.activation) * up, "batch", "sequence", "mlp")
+            out = out + addition(h, w["shared"], "down", layout)
     return out, routing
 
 
 def route(
-    router_logits: Float[Array, "... E"], bias: Float[Array, "E"] | None, moe: MoE
-) -> tuple[Float[Array, "... E"], Int[Array, "... k"], Float[Array, "... k"]]:
+    router_logits: Float[Array, "B T E"], bias: Float[Array, "E"] | None, moe: MoE, layout: Layout
+) -> tuple[Float[Array, "B T E"], Int[Array, "B T k"], Float[Array, "B T k"]]:
     """Each expert's probability (summing to one), the chosen experts, and the weights of their outputs."""
     if moe.score == "softmax":
         scores = probability = jax.nn.softmax(router_logits, axis=-1)
     else:
         scores = jax.nn.sigmoid(router_logits)
         probability = _shares(scores)
-    _, chosen = jax.lax.top_k(scores if bias is None else scores + jax.lax.stop_gradient(bias), moe.top_k)
+    chosen = _highest(jax.lax.stop_gradient(scores if bias is None else scores + bias), moe.top_k, layout)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if moe.normalised:
         weights = _shares(weights)
     return probability, chosen, weights * moe.scale
+
+
+def _highest(scores: Float[Array, "B T E"], count: int, layout: Layout) -> Int[Array, "B T k"]:
+    """The experts with a token's highest scores, of equal ones the first first.
+
+    Each device looks at its own tokens: the compiler does not split `top_k`, and would gather the scores of all.
+    """
+    rows = layout.activation(RESIDUAL[:2], scores.shape[:2]).spec
+
+    def local(scores: Array) -> Array:
+        return jax.lax.top_k(scores, count)[1]
+
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=rows, out_specs=rows, check_vma=False)(scores)
 
 
 def _shares(scores: Array) -> Array:
@@ -143,23 +165,32 @@ def _on_all_devices(
 
     Devices along the mesh axis `expert` gather each other's tokens, each computes what its own experts add to them, and
     the sums go back to where the tokens came from: whatever the routers choose, nothing is dropped, and a device takes
-    as many blocks as its experts were sent. Of the experts' hidden axis a device may hold a part.
+    as many blocks as its experts were sent. Of the experts' hidden axis a device may hold a part, and then of the
+    sequence, too, which is gathered and dealt out again; what it holds of their `embed` axis is gathered where it is
+    multiplied.
     """
-    rows = layout.activation(("batch", "sequence", "embed"), x.shape).spec
-    own, _, hidden = layout.parameter(("experts", "embed", "mlp")).spec
-    whole = {"gate": (own, None, hidden), "up": (own, None, hidden), "down": (own, hidden, None)}
+    rows, gathered = (layout.activation(axes, x.shape).spec for axes in (RESIDUAL, GATHERED))
+    in_parts = layout.splitting(rows[1]) != layout.splitting(gathered[1])
+    held = {name: layout.parameter(axes).spec for name, axes in MATRICES.items()}
+    own, embed, hidden = held["up"]
 
     def local(x: Array, chosen: Array, weights: Array, experts: Params) -> Array:
+        if in_parts:
+            given = x, chosen, weights
+            x, chosen, weights = (jax.lax.all_gather(part, hidden, axis=1, tiled=True) for part in given)
         flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, moe.top_k), weights.reshape(-1, moe.top_k)
         flat = jax.tree.map(lambda part: jax.lax.all_gather(part, own, tiled=True), flat)
         first = jax.lax.axis_index(own) * len(experts["up"])
-        out = _experts(flat, experts, first, moe)
-        return jax.lax.psum(jax.lax.psum_scatter(out, own, tiled=True), hidden).reshape(x.shape)
+        out = _experts(flat, experts, first, moe, layout.splitting(embed))
+        out = jax.lax.psum_scatter(out, own, tiled=True).reshape(x.shape)
+        if in_parts:
+            return jax.lax.psum_scatter(out, hidden, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(out, hidden)
 
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(rows, rows, rows, {name: PartitionSpec(*axes) for name, axes in whole.items()}),
+        in_specs=(rows, rows, rows, held),
         out_specs=rows,
         check_vma=False,
     )(x, chosen, weights, experts)
@@ -188,16 +219,18 @@ def _experts(
     experts: Params,
     first: Int[Array, ""],
     moe: MoE,
+    split: tuple[str, ...],
 ) -> Float[Array, "N D"]:
-    """What some of the experts, numbered from `first`, add to each token, summed in float32.
+    """What some of the experts, numbered from `first`, add to each token.
 
-    `routed` are tokens, the experts chosen for them, and the weights of those."""
+    `routed` are tokens, the experts chosen for them, and the weights of those; along the mesh axes `split` other
+    devices have the rest of the matrices' `embed` axis."""
     x, chosen, weights = routed
     here = len(experts["up"])
     local = chosen.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < here), local, here)
-    block = _block_size(len(local), moe.experts)
-    return _blockwise(x, weights, experts, _blocks(local, here, block), (moe.activation, block)).astype(x.dtype)
+    block = block_size(len(local), moe.experts)
+    return _blockwise(x, weights, experts, _blocks(local, here, block), _Options(moe.activation, block, split))
 
 
 def _blocks(expert: Int[Array, "A"], experts: int, size: int) -> Blocks:
@@ -218,7 +251,7 @@ def _blocks(expert: Int[Array, "A"], experts: int, size: int) -> Blocks:
     )
 
 
-def _block_size(assignments: int, experts: int) -> int:
+def block_size(assignments: int, experts: int) -> int:
     """A power of two of at most a quarter of an expert's even share, so that of many rows a fifth at most are empty."""
     quarter = assignments // (4 * experts)
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << max(quarter, 1).bit_length() - 1))
@@ -232,53 +265,75 @@ def _expert(
     return (hidden * weights[:, None]).astype(x.dtype) @ expert["down"]
 
 
+@dataclass(frozen=True)
+class _Options:
+    activation: Activation
+    block: int  # rows
+    split: tuple[str, ...]  # mesh axes along which the matrices' `embed` axis is split
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N k"],
-    experts: Params,
-    blocks: Blocks,
-    options: tuple[Activation, int],
+    x: Float[Array, "N D"], weights: Float[Array, "N k"], experts: Params, blocks: Blocks, options: _Options
 ) -> Float[Array, "N D"]:
-    """The sum of the experts' outputs, block after block, in float32.
+    """The sum of the experts' outputs, block after block, in float32, and then rounded.
 
-    The backward pass computes each block again, so what lies between a block's products is never kept. It adds the
-    gradient of the matrices up in place, in float32: left to JAX, each block would add a whole tree of zeros to it.
+    The backward pass computes each block again, so what lies between a block's products is never kept, and it gathers
+    the matrices again. It adds their gradient up in place, in float32: left to JAX, each block would add a whole tree
+    of zeros to it. Between devices it is added up in the type of the products, as that of any other matrix is.
     """
-    activation, size = options
+    experts = _gathered(experts, options)
 
     def one(block: Array, out: Array) -> Array:
-        slot, token = blocks.rows(block, size, weights.shape)
-        return _add(out, token, _expert(activation, *_take(block, slot, token, x, weights, experts, blocks)))
+        slot, token = blocks.rows(block, options.block, weights.shape)
+        return _add(out, token, _expert(options.activation, *_take(block, slot, token, x, weights, experts, blocks)))
 
-    return jax.lax.fori_loop(0, blocks.used, one, jnp.zeros(x.shape, jnp.float32))
+    return jax.lax.fori_loop(0, blocks.used, one, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
 
 def _blockwise_forward(
-    x: Array, weights: Array, experts: Params, blocks: Blocks, options: tuple[Activation, int]
+    x: Array, weights: Array, experts: Params, blocks: Blocks, options: _Options
 ) -> tuple[Array, Any]:
     return _blockwise(x, weights, experts, blocks, options), (x, weights, experts, blocks)
 
 
-def _blockwise_backward(options: tuple[Activation, int], given: Any, d_out: Array) -> tuple[Any, ...]:
+def _blockwise_backward(options: _Options, given: Any, d_out: Array) -> tuple[Any, ...]:
     x, weights, experts, blocks = given
-    activation, size = options
+    experts = _gathered(experts, options)
 
     def one(block: Array, sums: tuple[Array, Array, Params]) -> tuple[Array, Array, Params]:
         d_x, d_weights, d_experts = sums
-        slot, token = blocks.rows(block, size, weights.shape)
-        _, pull = jax.vjp(partial(_expert, activation), *_take(block, slot, token, x, weights, experts, blocks))
-        d_rows, d_row_weights, d_expert = pull(_get(d_out, token).astype(x.dtype))
+        slot, token = blocks.rows(block, options.block, weights.shape)
+        taken = _take(block, slot, token, x, weights, experts, blocks)
+        _, pull = jax.vjp(partial(_expert, options.activation), *taken)
+        d_rows, d_row_weights, d_expert = pull(_get(d_out, token))
         d_experts = jax.tree.map(lambda sum_, d_w: sum_.at[blocks.expert[block]].add(d_w), d_experts, d_expert)
         return _add(d_x, token, d_rows), _add(d_weights, slot, d_row_weights), d_experts
 
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (x, weights.reshape(-1), experts))
     d_x, d_weights, d_experts = jax.lax.fori_loop(0, blocks.used, one, zeros)
     d_given = d_x, d_weights.reshape(weights.shape), d_experts
-    return *jax.tree.map(lambda d_w, w: d_w.astype(w.dtype), d_given, (x, weights, experts)), None
+    d_x, d_weights, d_experts = jax.tree.map(lambda d_w, w: d_w.astype(w.dtype), d_given, (x, weights, experts))
+    return d_x, d_weights, _scattered(d_experts, options), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _gathered(experts: Params, options: _Options) -> Params:
+    """The matrices with the whole of their `embed` axis."""
+    return {
+        name: jax.lax.all_gather(w, options.split, axis=MATRICES[name].index("embed"), tiled=True)
+        for name, w in experts.items()
+    }
+
+
+def _scattered(d_experts: Params, options: _Options) -> Params:
+    """The reverse: each device's part of that axis, summed over the devices."""
+    return {
+        name: jax.lax.psum_scatter(d_w, options.split, scatter_dimension=MATRICES[name].index("embed"), tiled=True)
+        for name, d_w in d_experts.items()
+    }
 
 
 def _take(

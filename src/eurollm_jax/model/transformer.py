@@ -21,12 +21,11 @@ from eurollm_jax.model.embedding import look_up
 from eurollm_jax.model.layers import activate, linear, rms_norm, rotary_tables, rotate, soft_cap, xielu, xielu_start
 from eurollm_jax.model.moe import Routing, mixture_of_experts, moe_specs
 from eurollm_jax.model.param import Param, Params, Specs, flatten, stack
+from eurollm_jax.model.projections import RESIDUAL, addition, projections
 from eurollm_jax.model.remat import layer_input, of_attention, rematerialised
 from eurollm_jax.parallel.mesh import Layout
 
 type Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-
-RESIDUAL = ("batch", "residual_sequence", "embed")  # the axes of the stream that the halves of a layer add to
 
 # ---------------------------------------------------------------------------------------------------- the weights
 
@@ -153,8 +152,7 @@ def attention_half(
     c: TransformerConfig,
     layout: Layout,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    h = layout.constrain(h, "batch", "sequence", "embed")
-    q_BTHK, k_BTGK, v_BTGK = (_biased(linear(h, w[name]), w, name) for name in ("query", "key", "value"))
+    q_BTHK, k_BTGK, v_BTGK = projections(h, w, ("query", "key", "value"), layout)
     if c.qk_norm == "head":
         q_BTHK, k_BTGK = rms_norm(q_BTHK, w["query_norm"], c.norm), rms_norm(k_BTGK, w["key_norm"], c.norm)
     elif c.qk_norm == "full":
@@ -164,31 +162,24 @@ def attention_half(
     v_BTGK = layout.constrain(v_BTGK, "batch", "sequence", "kv_heads", "head_dim")
     q_BTHK, k_BTGK = rotate(q_BTHK, rotary), rotate(k_BTGK, rotary)
     attended_BTHK, kept = attend(of_attention(q_BTHK), of_attention(k_BTGK), of_attention(v_BTGK))
-    out = _biased(linear(attended_BTHK, w["output"], contract=2), w, "output")
-    return layout.constrain(out, *RESIDUAL), kept
+    return addition(attended_BTHK, w, "output", layout, contract=2), kept
 
 
 def mlp_half(
     h: Float[Array, "B T D"], w: Params, real: Bool[Array, "B T"], c: TransformerConfig, layout: Layout
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
-    h = layout.constrain(h, "batch", "sequence", "embed")
-    if isinstance(c.mlp, MoE):
-        out, routing = mixture_of_experts(h, w, real, c.mlp, layout)
-        return layout.constrain(out, *RESIDUAL), routing
-    up_BTF = _biased(linear(h, w["up"]), w, "up")
     match c.mlp:
+        case MoE():
+            out, routing = mixture_of_experts(h, w, real, c.mlp, layout)
+            return layout.constrain(out, *RESIDUAL), routing
         case Gated(_, activation, _):
-            hidden_BTF = activate(_biased(linear(h, w["gate"]), w, "gate"), activation) * up_BTF
+            up_BTF, gate_BTF = projections(h, w, ("up", "gate"), layout)
+            hidden_BTF = activate(gate_BTF, activation) * up_BTF
         case Ungated():
+            (up_BTF,) = projections(h, w, ("up",), layout)
             hidden_BTF = xielu(up_BTF, w["alpha_positive"], w["alpha_negative"])
     hidden_BTF = layout.constrain(hidden_BTF, "batch", "sequence", "mlp")
-    out = _biased(linear(hidden_BTF, w["down"]), w, "down")
-    return layout.constrain(out, *RESIDUAL), None
-
-
-def _biased(x: Array, w: Params, name: str) -> Array:
-    bias = w.get(f"{name}_bias")
-    return x if bias is None else x + bias
+    return addition(hidden_BTF, w, "down", layout), None
 
 
 def _norm_of_all_heads(x: Float[Array, "B T H K"], weight: Float[Array, "H K"], c: TransformerConfig) -> Array:
@@ -258,12 +249,15 @@ def _over_layers(
     """
     period = len(c.pattern)
     rounds, rest = divmod(c.depth, period)
-    steps = [rematerialised(partial(step, kind), c.remat) for kind in c.pattern]
+
+    def one_layer(at: int, x: Array, part: Any) -> tuple[Array, LayerOutput]:
+        """The layer's weights are taken here, within what is recomputed: taken outside, all layers' would be kept."""
+        return step(c.pattern[at], x, jax.tree.map(lambda leaf: leaf[at], part))
 
     def one_round(x: Array, part: Any) -> tuple[Array, LayerOutput]:
         outputs = []
-        for at, one_step in enumerate(steps):
-            x, output = one_step(x, jax.tree.map(lambda leaf, at=at: leaf[at], part))
+        for at in range(period):
+            x, output = rematerialised(partial(one_layer, at), c.remat)(x, part)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
@@ -272,7 +266,8 @@ def _over_layers(
     outputs = jax.tree.map(lambda leaf: leaf.reshape(rounds * period, *leaf.shape[2:]), outputs)
     left_over = []
     for at in range(rest):
-        x, output = steps[at](x, jax.tree.map(lambda leaf, at=at: leaf[rounds * period + at], stacked))
+        last = jax.tree.map(lambda leaf, at=at: leaf[rounds * period + at], stacked)
+        x, output = rematerialised(partial(step, c.pattern[at]), c.remat)(x, last)
         left_over.append(output)
     if left_over:
         outputs = jax.tree.map(lambda leaves, *more: jnp.concatenate([leaves, jnp.stack(more)]), outputs, *left_over)

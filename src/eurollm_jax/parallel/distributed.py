@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from eurollm_jax.errors import LostError, UserError
-from eurollm_jax.parallel.launcher import address_of, launcher_of, node_of, nodes_of, own_devices, started_as
+from eurollm_jax.parallel.launcher import address_of, bound_to, launcher_of, node_of, nodes_of, own_devices, started_as
 from eurollm_jax.parallel.rendezvous import (
     SERVICE_SECONDS,
     START_SECONDS,
@@ -65,8 +65,7 @@ def connect(by_hand: Coordination | None = None, seconds: int = START_SECONDS) -
     if (place := by_hand or _launched()) is None:
         options["cluster_detection_method"] = launcher
     else:
-        if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # by which process 0 may listen at another port
-            _meet(place, seconds)
+        _meet(place, seconds)
         options["cluster_detection_method"] = "deactivate"
         options |= {
             "coordinator_address": place.address,
@@ -99,7 +98,10 @@ def _meet(place: Coordination, seconds: float) -> None:
         return {} if found is None else {"error": f"{found.what}: {found.remedy}.", "lost": found.lost}
 
     try:
-        verdict = come(place.address, own, seconds) if own.process else receive(place.address, own, seconds, judge)
+        if own.process:
+            verdict = come(place.address, own, seconds)
+        else:
+            verdict = receive(place.address, own, seconds, judge, bound=bound_to(os.environ))
         if own.process and not verdict:
             wait_for_service(place.address, min(seconds, SERVICE_SECONDS))
     except ConnectionError as error:

@@ -56,6 +56,11 @@ def address_of(environment: Mapping[str, str]) -> str | None:
     return f"{host}:{environment.get('JAX_COORDINATOR_PORT') or job % PORTS + FIRST_PORT}"
 
 
+def bound_to(environment: Mapping[str, str]) -> str | None:
+    """The host:port at which JAX's service is to listen where that is not the address by which it is reached."""
+    return environment.get("JAX_COORDINATOR_BIND_ADDRESS") or None
+
+
 def own_devices(environment: Mapping[str, str]) -> Sequence[int]:
     """Which of the devices that a process sees are its own: none named are all of them.
 

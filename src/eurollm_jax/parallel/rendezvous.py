@@ -5,6 +5,7 @@ plain connections first, at the address that the service is to have afterwards: 
 host and what else it has to say, once; process 0 makes a verdict of that, and tells all. Nothing here imports jax.
 """
 
+import errno
 import random
 import re
 import secrets
@@ -22,7 +23,7 @@ from eurollm_jax.parallel.hub import Line, Message, listening
 
 START_SECONDS = 300  # that processes wait for each other at the start
 SERVICE_SECONDS = 60.0  # that JAX's service may take to begin once all have met
-TRY_SECONDS = 10.0  # that one try to reach process 0 may take, and then its answer
+TRY_SECONDS = 10.0  # that one try to reach process 0 may take
 PAUSES = (0.05, 2.0)  # seconds between two tries at least, and at most: many processes may wait for process 0
 LATE_SECONDS = 5.0  # after a fault is found, in which others come and are told of it, too
 LONGEST = 1 << 20  # bytes of what a process says
@@ -72,10 +73,11 @@ def come(address: str, own: Arrival, seconds: float) -> Any:
         else:
             with closing(line):
                 line.send(vars(own))
-                heard = _heard(line, patience, 2 * seconds + TRY_SECONDS)
+                heard = _heard(line, seconds - waited, 2 * seconds + TRY_SECONDS)
             if len(heard) > 1:
                 return heard[1].get("verdict")
             if heard:
+                time.sleep(LATE_SECONDS)  # a signal that has ended process 0 may be on its way to this one, too
                 raise ConnectionError(f"process 0 on {heard[0].get('host')} was there, and is gone or silent")
             why = "what listens there does not answer as one that waits for others"
         time.sleep(min(max(PAUSES[0], waited / 8), PAUSES[1]) * random.uniform(0.5, 1.0))
@@ -109,14 +111,15 @@ def wait_for_service(address: str, seconds: float) -> None:
     raise ConnectionError(f"process 0 was there, and has not begun to connect all at {address} within {seconds:g} s")
 
 
-def receive(address: str, own: Arrival, seconds: float, judge: Judge) -> Any:
+def receive(address: str, own: Arrival, seconds: float, judge: Judge, *, bound: str | None = None) -> Any:
     """In process 0: the verdict, once all have come, or so many seconds are over; all that have come are told.
 
     `judge` makes it, of who has come, in their order, and of what is wrong beside that some have not. Process 0 itself
-    comes like all others, for the address may lead elsewhere. Raises OSError where its port cannot be listened at.
+    comes like all others, for the address may lead elsewhere; it listens at the port of `bound`, if that is another.
+    Raises OSError where it cannot.
     """
     hall = _Hall(own)
-    with listening(divided(address)[1], own.processes) as server, selectors.DefaultSelector() as selector:
+    with listening(divided(bound or address)[1], own.processes) as server, selectors.DefaultSelector() as selector:
         selector.register(server, selectors.EVENT_READ)
         threading.Thread(target=_visit, args=(address, own, seconds), name="meeting", daemon=True).start()
         until = time.monotonic() + seconds
@@ -127,8 +130,12 @@ def receive(address: str, own: Arrival, seconds: float, judge: Judge) -> Any:
                         selector.unregister(key.fileobj)
                         key.fileobj.close()
                 else:
-                    with suppress(OSError):  # gone already
+                    try:
                         selector.register(Line(server.accept()[0]), selectors.EVENT_READ)
+                    except OSError as error:  # most are of one that is gone already
+                        if error.errno in (errno.EMFILE, errno.ENFILE):
+                            hall.blame(_out_of_files(own))
+                            selector.unregister(server)
             if hall.fault is not None:
                 until = min(until, hall.fault_since + LATE_SECONDS)
         lines = [key.fileobj for key in selector.get_map().values() if isinstance(key.fileobj, Line)]
@@ -138,6 +145,11 @@ def receive(address: str, own: Arrival, seconds: float, judge: Judge) -> Any:
             if line in hall.lines:
                 line.send({"verdict": verdict})
     return verdict
+
+
+def _out_of_files(own: Arrival) -> Fault:
+    what = f"process 0 on {own.host} may open too few files for {own.processes} processes"
+    return Fault(what, "raise its hard limit (ulimit -Hn)", lost=False)
 
 
 def _visit(address: str, own: Arrival, seconds: float) -> None:
@@ -158,7 +170,8 @@ class _Hall:
     @property
     def waits(self) -> bool:
         """For those that have not come; or, after a fault, for those that are to be told."""
-        return self.fault is not None or len(self.lines) < self._own.processes
+        there = {arrival.token for arrival in self.lines.values()}
+        return self.fault is not None or len(there) < self._own.processes
 
     def hear(self, line: Line) -> bool:
         """Takes what a connection says; False where no more is to be heard of it."""
@@ -167,7 +180,7 @@ class _Hall:
             return True
         if (known := self.lines.pop(line, None)) is not None:  # it has nothing more to say
             where = f"process {known.process} of {known.processes} on {known.host}"
-            self._blame(Fault(f"{where} came and is gone: it was killed, or it crashed", "see what it said", lost=True))
+            self.blame(Fault(f"{where} came and is gone: it was killed, or it crashed", "see what it said", lost=True))
             return False
         arrival = _arrival(messages)
         if arrival is None:  # a stranger
@@ -188,7 +201,7 @@ class _Hall:
     def _compare(self, new: Arrival) -> None:
         """With those that are here already."""
         if new.processes != self._own.processes:
-            self._blame(
+            self.blame(
                 Fault(
                     f"process {new.process} on {new.host} is one of {new.processes}, and process 0 on {self._own.host} "
                     f"one of {self._own.processes}",
@@ -199,9 +212,9 @@ class _Hall:
         elif (other := self.came.get(new.process, new)).token != new.token:
             hosts = f"both on {new.host}" if new.host == other.host else f"on {other.host} and on {new.host}"
             what = f"process {new.process} of {new.processes} is there twice, {hosts}"
-            self._blame(Fault(what, "give each process a number of its own", lost=False))
+            self.blame(Fault(what, "give each process a number of its own", lost=False))
 
-    def _blame(self, fault: Fault) -> None:
+    def blame(self, fault: Fault) -> None:
         """The first fault is the one that is told: others may follow from it."""
         if self.fault is None:
             self.fault, self.fault_since = fault, time.monotonic()

@@ -21,7 +21,7 @@ from eurollm_jax.cluster.doctor.finding import Finding, Report, failed, guarded,
 from eurollm_jax.cluster.doctor.shared import hold
 from eurollm_jax.cluster.site import Site
 from eurollm_jax.parallel.hardware import Backend
-from eurollm_jax.parallel.launcher import address_of, local_number, node_of, several_nodes, started_as
+from eurollm_jax.parallel.launcher import address_of, bound_to, local_number, node_of, several_nodes, started_as
 from eurollm_jax.parallel.rendezvous import Arrival, Fault, come, receive
 
 type Verdict = dict[str, Any]
@@ -96,9 +96,11 @@ def joined(
         reports = [found.own, *map(_report_of, arrivals[1:])]
         there = [report for report in reports if report is not None]
         found.others = there[1:]
-        found.joint += [*compare.all_there(reports, "itself", question.seconds), *compare.alike(there)]
-        if fault is not None:
+        if fault is not None:  # which ends the wait for others
             found.joint.append(failed("processes there", fault.what, fault.remedy))
+        else:
+            found.joint += compare.all_there(reports, "itself", question.seconds)
+        found.joint += compare.alike(there)
         name = None
         with suppress(OSError):  # which the checks of the folder tell
             name = None if folder is None else held.enter_context(hold(folder)).name
@@ -108,7 +110,7 @@ def joined(
     try:
         if process:
             return dict(come(address, own, question.seconds))
-        return dict(receive(address, own, question.seconds, judge))
+        return dict(receive(address, own, question.seconds, judge, bound=bound_to(os.environ)))
     except ConnectionError as error:
         remedy = "see what process 0 prints, and whether the network lets others through to it"
         found.own = found.own.with_(failed("connection", str(error), remedy))

@@ -20,15 +20,18 @@ import numpy as np
 from eurollm_jax.experiment import Experiment
 from eurollm_jax.model.config import Gated, MoE, TransformerConfig, Ungated
 from eurollm_jax.model.loss import LOGITS_AT_ONCE, LOGITS_AT_ONCE_ELSEWHERE
+from eurollm_jax.model.moe import block_size
 from eurollm_jax.model.param import Param, flatten, owner
 from eurollm_jax.model.transformer import forward, specs
 from eurollm_jax.parallel.mesh import ACTIVATION_AXES, PARAMETER_AXES, Backend, Layout, MeshConfig
+from eurollm_jax.training.optimizer import Adafactor, Lion, Muon
 from eurollm_jax.training.step import TrainState, step_functions
 
 type Mesh = Mapping[str, int]  # devices along each axis, none of them -1
 
 # Of a layer that is computed again, with its gradients, in its own bytes; from programs of one H100 (docs/plan.md).
 REPEATED = 1.6
+PRODUCTS = 6  # of Muon, as large as the weights that it multiplies, that are there at once
 BATCH_BYTES = 4 * 4 + 1  # of a token: its id, target, segment and position, and whether it counts
 
 
@@ -125,12 +128,15 @@ class Kept:
     stream: float  # the residual stream and what norms keep: split along the sequence
     gathered: float  # inputs of products, whole along the tensor axis
     heads: float  # what has an axis of heads or of the MLP: split over the tensor axis
-    weights: float  # copies of weights in the type of the products, of all rows together
+    routed: float  # what experts take of tokens: there again for each other device along the expert axis
+    weights: float  # copies of weights in the type of the products, of all rows together: split as the weights are
+    experts: float  # such copies of experts
 
     def on(self, mesh: Mesh, rows: float) -> float:
-        context, tensor = mesh["context"], mesh["tensor"]
+        context, tensor, expert = mesh["context"], mesh["tensor"], mesh["expert"]
         a_row = self.stream / (context * tensor) + self.gathered / context + self.heads / (context * tensor)
-        return rows * a_row + self.weights / tensor
+        copies = (self.weights + self.experts / expert) / (mesh["fsdp"] * tensor)
+        return rows * (a_row + (expert - 1) * self.routed / context) + copies
 
 
 @lru_cache(maxsize=32)
@@ -139,12 +145,18 @@ def kept_by_layers(model: TransformerConfig, length: int, backend: Backend) -> K
     model = dataclasses.replace(model, attention_kernel=_traceable(model))
     here, longer = _residuals(model, length, backend), _residuals(model, length + 512, backend)
     wider = _residuals(_wider(model), length, backend)
-    sums = {"stream": 0.0, "gathered": 0.0, "heads": 0.0, "weights": 0.0}
-    given = {spec.size for spec in flatten(specs(model)).values()}
+    sums = {"stream": 0.0, "gathered": 0.0, "heads": 0.0, "routed": 0.0, "weights": 0.0, "experts": 0.0}
+    weights = flatten(specs(model))
+    given = {spec.size for spec in weights.values()} if model.remat != "none" else set()
+    experts = {spec.shape[1:] for path, spec in weights.items() if "/experts/" in path}
+    if isinstance(model.mlp, MoE) and model.remat == "none":
+        a_token = model.width * jnp.dtype(model.compute).itemsize + 8 * model.mlp.top_k  # itself, weights, places
+        sums["routed"] = model.depth * length * a_token
     for leaf, long, wide in zip(here, longer, wider, strict=True):
         size = leaf.size * leaf.dtype.itemsize
         if leaf.size == long.size:
-            sums["weights"] += 0 if leaf.dtype == jnp.float32 and leaf.size in given else size
+            group = "experts" if leaf.shape[1:] in experts else "weights"
+            sums[group] += 0 if leaf.dtype == jnp.float32 and leaf.size in given else size
         elif leaf.size != wide.size:
             sums["heads"] += size
         elif model.remat in ("none", "dots") and leaf.dtype != jnp.float32:
@@ -212,10 +224,50 @@ def _one_layer(model: TransformerConfig, length: int, mesh: Mesh, rows: float, w
     with the gradients beside it; its weights gathered and in the type of the products, and their gradients before they
     are dealt out."""
     alone = dataclasses.replace(model, depth=len(model.pattern), remat="none")
-    kept = kept_by_layers(alone, length, backend).on(mesh, rows) / len(model.pattern)
+    traced = dataclasses.replace(kept_by_layers(alone, length, backend), routed=0.0)  # which the experts' own part has
+    kept = traced.on(mesh, rows) / len(model.pattern)
     layer = flatten(specs(model)["layers"])  # type: ignore[arg-type]
     weights = sum(_gathered(spec, mesh) for spec in layer.values()) / model.depth
-    return (0.0 if model.remat == "none" else REPEATED * kept) + weights * (width + 4)
+    again = 0.0 if model.remat == "none" else REPEATED * kept
+    return again + weights * (width + 4) + _experts_at_work(model, mesh, rows * length / mesh["context"], width)
+
+
+def _experts_at_work(model: TransformerConfig, mesh: Mesh, tokens: float, width: int) -> float:
+    """What the loop of model/moe.py over the blocks of a layer takes beside the experts' matrices and the sums of their
+    gradients, for `tokens` of one device: the tokens of all devices along `expert`, the gradient of what is added to
+    them, their own in float32; of each choice its weight, that one's gradient, its expert and its place in the order;
+    and one block with its expert."""
+    if not isinstance(model.mlp, MoE):
+        return 0.0
+    moe, hidden = model.mlp, model.mlp.hidden / mesh["tensor"]
+    routed = tokens * mesh["expert"]
+    of_tokens = routed * (model.width * (2 * width + 4) + moe.top_k * 4 * 4)
+    block = block_size(int(routed * moe.top_k), moe.experts)
+    of_block = (block * (2 * model.width + 3 * hidden) + 3 * model.width * hidden) * width
+    return of_tokens + of_block
+
+
+def modelled_update(experiment: Experiment, mesh: Mesh) -> float:
+    """What the optimizer's update takes of one device beside the gradients, for a mesh on which it is not compiled.
+
+    There are the clipped gradients, and of Adafactor the directions before they are clipped; where moments are kept in
+    bfloat16, each of them in float32 with the random bits that round it; and what Muon multiplies, all layers' weights
+    of one kind at a time. The numbers in it are those of updates compiled on a CPU, as is the plan's own figure.
+    """
+    optimizer, state = experiment.optimizer, state_bytes(experiment, mesh)
+    weights = flatten(specs(experiment.model)).values()
+    if isinstance(optimizer, Adafactor):
+        return 2.0 * state.parameters
+    if optimizer.state_dtype == "bfloat16":
+        taken = 1.5 * state.parameters + 4.3 * state.optimizer
+    else:
+        one_more = max(4 * spec.size / ways(spec.axes, mesh) for spec in weights) if isinstance(optimizer, Lion) else 0
+        taken = state.parameters + one_more
+    if isinstance(optimizer, Muon):
+        matrices = [spec for spec in weights if spec.fan_in and "vocab" not in spec.axes]
+        whole = (spec.size if "experts" in spec.axes else _gathered(spec, mesh) for spec in matrices)
+        taken += PRODUCTS * 4 * max(whole)
+    return taken
 
 
 def _gathered(spec: Param, mesh: Mesh) -> float:

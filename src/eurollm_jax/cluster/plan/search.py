@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from eurollm_jax.cluster.plan.memory import Mesh, batch_bytes, state_bytes, temporaries
+from eurollm_jax.cluster.plan.memory import Mesh, batch_bytes, modelled_update, state_bytes, temporaries
 from eurollm_jax.cluster.plan.sending import modelled_collectives
 from eurollm_jax.cluster.plan.work import Bound, Work, bound_of, work_of
 from eurollm_jax.cluster.site import Site
@@ -101,9 +101,10 @@ def _least_accumulated(
     return Candidate(placed, mesh, peak, work, bound_of(placed, work, mesh, site, sent, state.total))
 
 
-def modelled_peak(experiment: Experiment, mesh: Mesh, rows: int, site: Site, update: float = 0.0) -> float:
-    """State, batch and temporaries of one device."""
-    added = temporaries(experiment, mesh, rows, site.chip.backend, update).total
+def modelled_peak(experiment: Experiment, mesh: Mesh, rows: int, site: Site, update: float | None = None) -> float:
+    """State, batch and temporaries of one device; what the optimizer's update takes is modelled unless it is given."""
+    taken = modelled_update(experiment, mesh) if update is None else update
+    added = temporaries(experiment, mesh, rows, site.chip.backend, taken).total
     return state_bytes(experiment, mesh).total + batch_bytes(rows, experiment.data.sequence_length, mesh) + added
 
 

@@ -10,7 +10,7 @@ from eurollm_jax.cluster.plan.collectives import Collective
 from eurollm_jax.cluster.plan.memory import Mesh, state_bytes, ways
 from eurollm_jax.cluster.site import Site
 from eurollm_jax.experiment import Experiment
-from eurollm_jax.model.config import MoE, Ungated
+from eurollm_jax.model.config import MoE
 from eurollm_jax.model.param import flatten
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import ACTIVATION_AXES, MESH_AXES
@@ -60,23 +60,22 @@ def _of_weights(experiment: Experiment, mesh: Mesh, site: Site) -> list[Collecti
 
 
 def _of_activations(experiment: Experiment, mesh: Mesh, rows: int, site: Site) -> list[Collective]:
-    """Over `tensor` the residual stream is gathered before each half of a layer and dealt out after it, again where the
-    backward pass repeats the layer, and added up for each product that has read it; over `context` keys and values are
-    gathered; over `expert` the tokens."""
+    """Over `tensor` the residual stream is gathered before each half of a layer and dealt out after it, and backward so
+    is its gradient, after what the backward pass repeats of the layer; embedding and loss do each once in both. Over
+    `context` keys and values are gathered; over `expert` the tokens."""
     model = experiment.model
     width, name = (2, "bf16") if model.compute == "bfloat16" else (4, "f32")
     parts = ways(("batch",), mesh, ACTIVATION_AXES) * mesh["context"] * experiment.accumulate
     tokens = rows * experiment.data.sequence_length / parts
     stream, times = tokens * model.width * width, model.depth * experiment.accumulate
-    repeated = model.remat in ("full", "attention", "offload")
-    keys = 2 * tokens * model.kv_heads / mesh["tensor"] * model.head_dim * width
+    repeated, once = model.remat != "none", 2 * experiment.accumulate
+    own, keys = stream / mesh["tensor"], 2 * tokens * model.kv_heads / mesh["tensor"] * model.head_dim * width
     found = [
-        _along("tensor", mesh, site, "all-gather", stream / mesh["tensor"], times * (6 if repeated else 4), name),
-        _along("tensor", mesh, site, "reduce-scatter", stream, times * (3 if repeated else 2), name),
-        _along("tensor", mesh, site, "all-reduce", stream, times * (4 if isinstance(model.mlp, Ungated) else 5), name),
+        _along("tensor", mesh, site, "all-gather", own, times * (6 if repeated else 4) + once, name),
+        _along("tensor", mesh, site, "reduce-scatter", stream, times * (5 if repeated else 4) + once, name),
         _along("context", mesh, site, "all-gather", keys, times * (2 if model.remat == "full" else 1), name),
         _along("context", mesh, site, "reduce-scatter", keys * mesh["context"], times, name),
-        _along("fsdp", mesh, site, "all-to-all", stream / mesh["tensor"], 2 * experiment.accumulate, name),
+        _along("fsdp", mesh, site, "all-to-all", own, once, name),
     ]
     if isinstance(model.mlp, MoE):
         again = times * (3 if repeated else 2)
@@ -84,6 +83,11 @@ def _of_activations(experiment: Experiment, mesh: Mesh, rows: int, site: Site) -
             _along("expert", mesh, site, "all-gather", stream, again, name),
             _along("expert", mesh, site, "reduce-scatter", stream * mesh["expert"], again, name),
         ]
+        if model.mlp.shared:  # beside the experts, it gathers and deals out for itself
+            found += [
+                _along("tensor", mesh, site, "all-gather", own, again, name),
+                _along("tensor", mesh, site, "reduce-scatter", stream, 2 * times, name),
+            ]
     return found
 
 

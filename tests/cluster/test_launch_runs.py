@@ -9,6 +9,7 @@ import pytest
 
 from eurollm_jax.cli import main
 from eurollm_jax.parallel.mesh import MeshConfig
+from eurollm_jax.training import run as training_run
 from tests.cluster.fake_slurm.cluster import Cluster
 from tests.processes import WITHOUT_SAMPLES, Server, differences, flags, outcome, records, write_experiment
 from tests.tiny import tiny_experiment, tiny_model
@@ -63,8 +64,10 @@ def site(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def experiment(tokenizer, store, heldout, tmp_path):  # noqa: F811
+def experiment(tokenizer, store, heldout, tmp_path, monkeypatch):  # noqa: F811
     """Without a save or an evaluation on its way."""
+    # Its module, which `launch` executes in this process, puts another in this place: what is set here is set back.
+    monkeypatch.setattr(training_run, "sample", training_run.sample)
     return tiny_experiment(
         tokenizer,
         store,

@@ -10,7 +10,7 @@ from eurollm_jax.data.batch import Batch
 from eurollm_jax.errors import UserError
 from eurollm_jax.model.config import Gated, TransformerConfig
 from eurollm_jax.model.loss import batch_loss
-from eurollm_jax.model.param import Params
+from eurollm_jax.model.param import Params, flatten
 from eurollm_jax.model.remat import require_memory
 from eurollm_jax.model.transformer import specs
 from eurollm_jax.parallel.mesh import Layout
@@ -46,6 +46,15 @@ def scratch(one_device):
 
 def test_each_policy_takes_less_memory_than_the_one_before(scratch):
     assert scratch["none"] > scratch["dots"] > scratch["attention"] > scratch["full"]
+
+
+def test_what_is_computed_again_keeps_no_copy_of_the_weights(scratch, one_device):
+    """Six more layers take more memory for their inputs, in bfloat16, and not for their weights."""
+    deeper = dataclasses.replace(MODEL, depth=2 * MODEL.depth)
+    twice = gradient("full", one_device, deeper).lower().compile().memory_analysis().temp_size_in_bytes
+    inputs = MODEL.depth * ROWS * LENGTH * 2 * MODEL.width
+    weights = sum(4 * spec.size for path, spec in flatten(specs(MODEL)).items() if path.startswith("layers/"))
+    assert twice - scratch["full"] == pytest.approx(inputs, abs=weights / 4)
 
 
 def test_attention_keeps_exactly_its_values_beside_the_input_of_a_layer(scratch):

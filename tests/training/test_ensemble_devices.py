@@ -15,6 +15,7 @@ import pytest
 from eurollm_jax.data.batch import Batch
 from eurollm_jax.data.mixture import Mixture
 from eurollm_jax.errors import StoppedError, UserError
+from eurollm_jax.model.config import MoE, TransformerConfig
 from eurollm_jax.parallel.mesh import Layout, MeshConfig
 from eurollm_jax.training.ensemble import train_ensemble
 from eurollm_jax.training.ensemble_step import build_ensemble, layout_of
@@ -48,21 +49,52 @@ def sent(text):
     return COLLECTIVE.findall(text)
 
 
-@pytest.fixture(scope="module")
-def on_two(tiny):
-    devices = jax.devices()[:2]
+def built(model, layout):
     return build_ensemble(
-        tiny,
-        layout_of(4, devices),
+        model,
+        layout,
         AdamW(),
         [WSD(peak=2e-3, warmup=2)] * 3 + [WSD(peak=4e-3, warmup=2)],
         steps=12,
-        token_bytes=np.ones(tiny.vocab_size, np.int32),
+        token_bytes=np.ones(model.vocab_size, np.int32),
         sources=5,
         heldout_sources=3,
         z_loss=1e-4,
         skip=SkipStep(),
     )
+
+
+@pytest.fixture(scope="module")
+def on_two(tiny):
+    return built(tiny, layout_of(4, jax.devices()[:2]))
+
+
+def test_mixtures_of_experts_have_their_own_loads():
+    """And lose the same, on as many devices as members as on one, though a batch in parts would add its loads up."""
+    model = TransformerConfig(
+        vocab_size=64,
+        width=16,
+        depth=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        max_positions=16,
+        mlp=MoE(4, 2, 16),
+        compute="float32",
+    )
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 64, (4, 2, 16)).astype(np.int32)
+    found = []
+    for devices in (1, 4):
+        ensemble = built(model, layout_of(4, jax.devices()[:devices]))
+        state = ensemble.init(jax.random.split(jax.random.key(0), 4))
+        places = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+        ones = np.ones_like(tokens)
+        batch = Batch(tokens, tokens, ones, places, ones > 0, np.zeros((4, 2), np.int32))
+        _, metrics = ensemble.train(state, ensemble.place(batch))
+        found.append(jax.device_get((metrics.routing, metrics.grad_norm)))
+    np.testing.assert_allclose(found[0][0].load.sum(-1), 1, rtol=1e-6)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), *found)
 
 
 def test_nothing_is_sent_between_devices(on_two, tiny):

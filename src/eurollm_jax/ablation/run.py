@@ -286,7 +286,7 @@ def _confirm(prepared: PreparedStudy, runs: Trained, finding: Finding) -> str:
     of_pair = [prepared.fingerprint_of("confirmation", members[name][0]) for name in ("prior", "proposal")]
     runs.train(
         "confirmation",
-        # What another proposal has begun stays beside it, and what older pairs, all of one order of data, have.
+        # What another proposal has begun stays beside it; so does what was trained when all pairs read one order.
         f"confirmation/{fingerprint({'pair': of_pair, 'order': 'of each seed'})[:8]}",
         [
             (_told(prepared, "confirmation", name, shares, run), run)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 from eurollm_jax.model.config import Activation, BalanceBias, BalanceLoss, MoE
@@ -135,22 +134,16 @@ def rebalanced(params: Params, routing: Routing, moe: MoE) -> Params:
 
 
 def _routing(router_logits: Array, probability: Array, chosen: Array, real: Array, moe: MoE, layout: Layout) -> Routing:
-    count = jnp.maximum(jax.lax.psum(jnp.sum(real), _apart(layout)), 1)
+    count = jnp.maximum(jax.lax.psum(jnp.sum(real), layout.apart), 1)
     assigned = jnp.sum(jax.nn.one_hot(chosen, moe.experts), axis=-2)
     tokens = jnp.sum(jnp.where(real[..., None], assigned, 0), axis=(0, 1)) / count  # sums to top_k
     mean = jnp.sum(jnp.where(real[..., None], probability, 0), axis=(0, 1)) / count
     log_z = jax.nn.logsumexp(router_logits, axis=-1)
     return Routing(
         load=tokens / moe.top_k,
-        balance=moe.experts * jnp.sum(jax.lax.stop_gradient(jax.lax.psum(tokens, _apart(layout))) * mean),
+        balance=moe.experts * jnp.sum(jax.lax.stop_gradient(jax.lax.psum(tokens, layout.apart)) * mean),
         z=jnp.sum(jnp.where(real, jnp.square(log_z), 0)) / count,
     )
-
-
-def _apart(layout: Layout) -> tuple[str, ...]:
-    """The mesh axes along which this code runs for each part by itself, in a `shard_map` around it."""
-    kinds = zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
 
 def _on_all_devices(

@@ -50,8 +50,8 @@ def addition(
 ) -> Float[Array, "B T D"]:
     """What a half adds to the stream: the product with the matrix so named, whose rows `tensor` splits, and its bias.
 
-    It has the axes `RESIDUAL`. Where `context` splits the sequence, it is first said to be whole along `tensor`: or the
-    compiler may take a split of the matrix for that of the product, and gather the sequence.
+    It has the axes `RESIDUAL`. Where `context` splits the sequence, it is first said to be whole along `tensor`:
+    otherwise the compiler may take a split of the matrix for that of the product, and gather the sequence.
     """
     apart = layout.ways("sequence") > 1
     out = biased(linear(h, w[name], contract, apart=apart), w, name)
@@ -64,8 +64,8 @@ def _products(x: Float[Array, "B T D"], weights: tuple[Array, ...], layout: Layo
 
 
 def _flat(weight: Float[Array, "D ..."], layout: Layout) -> Float[Array, "D N"]:
-    """With one axis of columns and still split along `fsdp`: what is gathered is then rounded already, and the same
-    for the products and for their gradient, so that a layer that is computed again gathers it once for both."""
+    """The matrix with one axis of columns, still split along `fsdp`: it is gathered after rounding, and once for the
+    products and their gradient where a layer is computed again."""
     return jax.lax.with_sharding_constraint(weight.reshape(len(weight), -1), layout.parameter(MATRIX))
 
 

@@ -111,16 +111,18 @@ class Layout:
     """A mesh with the two tables: turns logical axes into shardings.
 
     `lowered_for` names the backend that a program is made for where that is not the mesh's own. `whole` is the mesh
-    with its devices, where `mesh` is a view of it from inside a `shard_map`.
+    with its devices, where `mesh` is a view of it from inside a `shard_map`; `apart` are those of the axes of that
+    `shard_map` along which the rows of one batch lie.
     """
 
     mesh: Mesh
     lowered_for: Backend | None = None
     whole: Mesh | None = None
+    apart: tuple[str, ...] = ()
 
-    def inside(self) -> "Layout":
+    def inside(self, apart: tuple[str, ...] = ()) -> "Layout":
         """The same for arrays inside a `shard_map` over some of the axes: split along the others alone."""
-        return Layout(cast(Mesh, jax.sharding.get_abstract_mesh()), self.lowered_for, self.whole or self.mesh)
+        return Layout(cast(Mesh, jax.sharding.get_abstract_mesh()), self.lowered_for, self.whole or self.mesh, apart)
 
     def parameter(self, axes: Sequence[str]) -> NamedSharding:
         return NamedSharding(self.mesh, _partition(axes, PARAMETER_AXES))

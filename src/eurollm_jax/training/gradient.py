@@ -59,7 +59,7 @@ def mean_gradient(
 
     def of_copy(params: Params, batch: Batch, predicted: Array, real: Array) -> tuple[Any, Array]:
         """Of the rows that one copy of the model has, added up over the copies."""
-        inner = layout.inside() if copies else layout
+        inner = layout.inside(copies) if copies else layout
         ways, of_params = inner.ways("batch"), inner.parameters(specs(config))
 
         def split(x: Array) -> Array:  # [B, ...] -> [micro-batches, B / micro-batches, ...]

@@ -224,12 +224,14 @@ def _one_layer(model: TransformerConfig, length: int, mesh: Mesh, rows: float, w
     with the gradients beside it; its weights gathered and in the type of the products, and their gradients before they
     are dealt out."""
     alone = dataclasses.replace(model, depth=len(model.pattern), remat="none")
-    traced = dataclasses.replace(kept_by_layers(alone, length, backend), routed=0.0)  # which the experts' own part has
+    traced = dataclasses.replace(kept_by_layers(alone, length, backend), routed=0.0)  # counted in _experts_at_work
     kept = traced.on(mesh, rows) / len(model.pattern)
     layer = flatten(specs(model)["layers"])  # type: ignore[arg-type]
     weights = sum(_gathered(spec, mesh) for spec in layer.values()) / model.depth
     again = 0.0 if model.remat == "none" else REPEATED * kept
-    return again + weights * (width + 4) + _experts_at_work(model, mesh, rows * length / mesh["context"], width)
+    of_round = 4 * weights * (len(model.pattern) - 1)  # gradients of a round's other layers, before they are dealt out
+    at_work = _experts_at_work(model, mesh, rows * length / mesh["context"], width)
+    return again + weights * (width + 4) + of_round + at_work
 
 
 def _experts_at_work(model: TransformerConfig, mesh: Mesh, tokens: float, width: int) -> float:

@@ -81,7 +81,7 @@ def _of_activations(experiment: Experiment, mesh: Mesh, rows: int, site: Site) -
         again = times * (3 if repeated else 2)
         found += [
             _along("expert", mesh, site, "all-gather", stream, again, name),
-            _along("expert", mesh, site, "reduce-scatter", stream * mesh["expert"], again, name),
+            _along("expert", mesh, site, "reduce-scatter", stream * mesh["expert"], 2 * times, name),
         ]
         if model.mlp.shared:  # beside the experts, it gathers and deals out for itself
             found += [
